@@ -1,0 +1,1 @@
+"""The layered engine: knows torch, transformers and safetensors, and nothing of notebooks."""

@@ -1,0 +1,50 @@
+"""What a user can cause: each error carries a cause and a remedy and is shown without a traceback."""
+
+from __future__ import annotations
+
+
+class AirLLMError(Exception):
+    """An expected failure: what went wrong, and what the user can do about it.
+
+    Anything that is *not* an ``AirLLMError`` is a bug and keeps its traceback.
+
+    Parameters
+    ----------
+    cause : str
+        One sentence that names what went wrong.
+    remedy : str
+        One sentence that says what to do now.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(f"{cause} {remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: the lines that are shown in place of a traceback."""
+        return [f"{type(self).__name__}: {self.cause}", f"  → {self.remedy}"]
+
+
+class CheckpointError(AirLLMError):
+    """The files of a checkpoint are missing, damaged, changed, or of a kind that is refused."""
+
+
+class UnsupportedError(AirLLMError):
+    """The model, or this model on the installed transformers, cannot be computed exactly."""
+
+
+class DeviceError(AirLLMError):
+    """The device or dtype asked for cannot be used on this machine."""
+
+
+class MemoryBudgetError(AirLLMError):
+    """The memory budget is not a size, or below the least that works."""
+
+
+class HubError(AirLLMError):
+    """A model cannot be fetched: no network, no such repository, or a login is needed."""
+
+
+class PromptError(AirLLMError):
+    """The prompt is empty, or does not fit the model's context."""
