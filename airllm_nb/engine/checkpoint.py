@@ -150,16 +150,13 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
             if Path(name).name != name:  # "../elsewhere" or an absolute path
                 raise CheckpointError(f"{INDEX} names a file outside the checkpoint: {name!r}.", AGAIN)
         return names, index
-    if (folder / SINGLE).is_file() or (folder / "config.json").is_file() and not _pickles(folder):
-        return [SINGLE], {}
-    raise CheckpointError(
-        f"{folder} holds only pickled weights ({', '.join(_pickles(folder)[:2])}), and loading a pickle can run any code.",
-        "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
-    )
-
-
-def _pickles(folder: Path) -> list[str]:
-    return sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    if pickles and not (folder / SINGLE).is_file():
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:2])}), and loading a pickle can run any code.",
+            "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
+        )
+    return [SINGLE], {}
 
 
 def _read_header(path: Path) -> tuple[bytes, FileState]:

@@ -1,0 +1,96 @@
+"""From a raw ``config.json`` to transformers' config object, or a refusal, on whatever transformers is installed.
+
+transformers does not refuse what it does not understand: it warns at best, and computes something else. The cases below were
+found by comparing the logits of 12 versions; each is refused here with the version that computes it exactly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from airllm_nb.compat import versions
+from airllm_nb.errors import UnsupportedError
+
+YARN_EXACT = (4, 51)  # before, `original_max_position_embeddings` is ignored and yarn's scaling is off
+SOFTCAP_EXACT = (5, 23)  # before, only eager attention applies `attn_logit_softcapping` in every version
+
+
+def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Return transformers' config of a checkpoint folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    raw : dict
+        Its ``config.json``.
+    trust_remote_code : bool
+        The user's own word that code from the checkpoint may run.
+
+    Raises
+    ------
+    UnsupportedError
+        If the installed transformers does not know the architecture, or would compute it wrongly.
+    """
+    import transformers
+
+    versions.require_floor()
+    _refuse_wrong(raw)
+    model_type = raw.get("model_type")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(
+                f"The model {model_type!r} is not in {versions.installed_text()}: it brings its own code, which is not run unasked.",
+                "If you trust its authors, pass trust_remote_code=True (--trust-remote-code).",
+            ) from error
+        if model_type is None or model_type not in transformers.CONFIG_MAPPING:
+            raise UnsupportedError(
+                f"{versions.installed_text()} does not know the architecture {model_type!r}.",
+                'Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.',
+            ) from error
+        raise UnsupportedError(
+            f"{versions.installed_text()} cannot read this model's config.json: {_first_line(error)}",
+            "Compare it with the model's page on the hub, or try  %pip install -U transformers.",
+        ) from error
+
+
+def attention(raw: dict[str, Any]) -> dict[str, str]:
+    """Return the ``attn_implementation`` argument that the config needs to be exact, if it needs one."""
+    if raw.get("attn_logit_softcapping") and versions.installed() < SOFTCAP_EXACT:
+        return {"attn_implementation": "eager"}
+    return {}
+
+
+def _refuse_wrong(raw: dict[str, Any]) -> None:
+    """Refuse what the installed version would compute wrongly, or what this engine cannot read."""
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "?")
+        raise UnsupportedError(
+            f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
+            "Use the checkpoint with bfloat16, float16 or float32 weights.",
+        )
+    if versions.installed() < (5,) and _find(raw, "rope_parameters"):
+        raise UnsupportedError(
+            f"config.json was written by transformers 5, and {versions.installed_text()} would silently compute its rotary "
+            "embedding wrongly.",
+            versions.upgrade("5.0"),
+        )
+    scaling = _find(raw, "rope_scaling")
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind == "yarn" and versions.installed() < YARN_EXACT:
+        raise UnsupportedError(
+            f"{versions.installed_text()} would silently compute this model's yarn rotary embedding wrongly.", versions.upgrade("4.51")
+        )
+
+
+def _find(raw: dict[str, Any], key: str) -> Any:
+    """Return `key` of the config, or of its text part in a multimodal one."""
+    text = raw.get("text_config")
+    return raw.get(key) or (text.get(key) if isinstance(text, dict) else None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,283 @@
+"""From what a user names, a folder or a model of the Hugging Face hub, to files on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    build_hf_headers,
+    hf_raise_for_status,
+    http_backoff,
+)
+
+from airllm_nb.errors import AirLLMError, CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SINGLE = constants.SAFETENSORS_SINGLE_FILE
+INDEX = constants.SAFETENSORS_INDEX_FILE
+MAX_HEADER = 100_000_000  # the limit of the safetensors package itself
+FIRST_READ = 100_000  # holds the whole header of nearly every file, which saves a second request
+PLANNING_FILES = ["config.json", "generation_config.json", "tokenizer_config.json", INDEX, "*.py"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.model.v*", "*.py", "*.tiktoken", "*.txt"]  # all but the weights
+HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client in use: requests (an OSError), httpx (no OSError) or httpx2
+AGAIN = "and run this again: files that are already complete are kept."
+
+
+def locate(model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Return the folder that holds a model's files, downloading into the hub's own cache what is not there yet.
+
+    Parameters
+    ----------
+    model : str or path
+        A local folder, or a model of the hub such as ``"org/name"``.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    token : str or bool, optional
+        Access token of the hub; by default the saved login.
+
+    Returns
+    -------
+    Path
+        The folder itself, or the snapshot in the hub's cache (also when the hub cannot be reached).
+
+    Raises
+    ------
+    CheckpointError
+        If the folder does not exist, or the repository holds no safetensors checkpoint.
+    HubError
+        If the model cannot be fetched.
+    """
+    if (local := _local_folder(model)) is not None:
+        return local
+    repo = os.fspath(model)
+    with _explained(repo, revision):
+        folder, missing = _fetch(repo, SMALL_FILES, revision, token)
+        if missing:
+            # By commit, so that a push in between cannot mix two versions.
+            snapshot_download(repo, revision=folder.name, token=token, allow_patterns=[glob.escape(n) for n in missing])
+    if not all((folder / name).is_file() for name in missing):  # old versions return a partial snapshot without a word
+        raise HubError(f'The download of "{repo}" is not complete.', f"Check the network {AGAIN}")
+    return folder
+
+
+def locate_headers(
+    model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Path, dict[str, tuple[int, bytes]] | None]:
+    """Return what planning needs, without downloading any weights.
+
+    Parameters
+    ----------
+    model, revision, token
+        As for `locate`.
+
+    Returns
+    -------
+    folder : Path
+        The folder with at least ``config.json`` and the index.
+    headers : dict of str to (int, bytes), or None
+        Size and first bytes (length and header) of every safetensors file; None if the files are all in the folder.
+
+    Raises
+    ------
+    CheckpointError, HubError
+        As `locate`, and if a weight file is not a safetensors file.
+    """
+    if (local := _local_folder(model)) is not None:
+        return local, None
+    repo = os.fspath(model)
+    with _explained(repo, revision):
+        folder, missing = _fetch(repo, PLANNING_FILES, revision, token)
+        if not missing:
+            return folder, None
+        names = _weight_files(folder)
+        with ThreadPoolExecutor(8) as pool:
+            headers = pool.map(lambda name: _read_header(repo, name, folder.name, token), names)
+            return folder, dict(zip(names, headers, strict=True))
+
+
+def _local_folder(model: str | os.PathLike[str]) -> Path | None:
+    """Return the folder that `model` names, or None if it can only be a model of the hub."""
+    text = os.fspath(model)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises on an unknown "~name"
+    if text and path.is_dir():
+        return path
+    if text and path.is_file():
+        kind = "GGUF files are not supported yet" if path.suffix.lower() == ".gguf" else "it is a file, not a folder"
+        raise CheckpointError(
+            f'"{text}" cannot be loaded: {kind}.',
+            "Name the folder that holds config.json and the .safetensors files, or a model of the hub as org/name.",
+        )
+    if not isinstance(model, str) or text.startswith((".", "~", os.sep)) or text.count(os.sep) > 1:
+        raise CheckpointError(
+            f'There is no folder "{text}".', "Check the path, or name a model of the hub as org/name."
+        )
+    return None
+
+
+def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> tuple[Path, list[str]]:
+    """Download the files that `patterns` name; return the folder, and which weight files are not in it yet."""
+    try:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(repo, revision=revision, timeout=timeout, token=token)
+    except (OSError, HTTP_ERROR):
+        if (folder := _cached(repo, revision)) is None:
+            raise
+        return folder, []
+    listed = {file.rfilename for file in info.siblings}
+    _check_listing(repo, listed)
+    folder = Path(
+        snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
+    )
+    names = _weight_files(folder)
+    if absent := [name for name in names if name not in listed]:
+        raise CheckpointError(
+            f'The index of "{repo}" names {absent[0]}, which the repository does not hold.',
+            "Tell its owner, or choose another revision.",
+        )
+    return folder, [name for name in names if not (folder / name).is_file()]
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Return the snapshot in the hub's cache, if everything that is needed is in it."""
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return folder if all((folder / name).is_file() for name in _weight_files(folder)) else None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the safetensors files that make up the checkpoint of `folder`."""
+    index = folder / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        usable = bool(names) and all(name.endswith(".safetensors") and Path(name).name == name for name in names)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        usable = False
+    if not usable:
+        raise CheckpointError(f"{index} is no index of safetensors files.", "Choose another revision or model.")
+    return names
+
+
+def _check_listing(repo: str, listed: set[str]) -> None:
+    """Refuse, before anything is downloaded, a repository without a safetensors checkpoint."""
+    if not listed & {SINGLE, INDEX}:
+        other = "Choose a repository that holds model.safetensors, such as the original of this one."
+        if any(name.endswith(".gguf") for name in listed):
+            raise CheckpointError(f'"{repo}" holds GGUF files, which are not supported yet.', other)
+        pickles = sorted(name for name in listed if name.endswith((".bin", ".pth", ".pt")))
+        if pickles and not any(name.endswith(".safetensors") for name in listed):
+            raise CheckpointError(
+                f'"{repo}" holds only pickled weights ({pickles[0]}), and loading a pickle can run any code.',
+                f'Convert it once where you trust it: AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained('
+                "folder, safe_serialization=True); or see if a pull request on its page adds safetensors "
+                '(revision="refs/pr/1").',
+            )
+        raise CheckpointError(f'"{repo}" holds neither {SINGLE} nor {INDEX}.', other)
+    if "config.json" not in listed:
+        raise CheckpointError(f'"{repo}" has no config.json.', "Choose a model in the layout of transformers.")
+
+
+def _read_header(repo: str, name: str, revision: str, token: str | bool | None) -> tuple[int, bytes]:
+    """Return size and first bytes (length and header) of a safetensors file on the hub."""
+
+    def read(start: int, stop: int) -> tuple[int, bytes]:
+        """Return the size of the file, and its bytes from `start` to `stop`."""
+        headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        response = http_backoff(
+            "GET", hf_hub_url(repo, name, revision=revision), headers=headers, timeout=timeout, max_retries=2
+        )
+        hf_raise_for_status(response)
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]  # absent if the whole file came
+        return int(total or len(response.content)), response.content
+
+    size, raw = read(0, FIRST_READ)
+    length = int.from_bytes(raw[:8], "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f'{name} of "{repo}" is no safetensors file, or is truncated.',
+            "Tell its owner, or choose another revision.",
+        )
+    stop = 8 + length
+    if len(raw) < stop:
+        raw += read(len(raw), stop)[1]
+    return size, raw[:stop]
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises for expected failures into errors with a cause and a remedy."""
+    try:
+        yield
+    except (OSError, HTTP_ERROR, HFValidationError) as error:
+        if (explained := _explain(error, repo, revision)) is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, repo: str, revision: str | None) -> AirLLMError | None:
+    """Return the cause and the remedy, or None for what is no expected failure."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "not in the cache" is the consequence, this is the reason
+    login = "`huggingface_hub.login()` (in a terminal: `hf auth login`, or the older `huggingface-cli login`)"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    match error:
+        case HFValidationError():
+            cause = f'"{repo}" is neither a folder nor a name that the hub can know.'
+            remedy = "Name a local folder, or a model of the hub as org/name."
+        case GatedRepoError():
+            cause = f'"{repo}" is gated: its owner decides who may download it.'
+            remedy = f"Ask for access at {constants.ENDPOINT}/{repo}, then log in with {login} or pass `token=`."
+        case RepositoryNotFoundError():
+            cause = f'There is no folder "{repo}" here, and no such repository on the hub, or it is private.'
+            remedy = f"Check the spelling; for a private one log in with {login} or pass a valid `token=`."
+        case RevisionNotFoundError():
+            cause = f'"{repo}" has no revision "{revision}".'
+            remedy = f"Choose a branch, tag or commit that {constants.ENDPOINT}/{repo}/tree/main shows."
+        case LocalTokenNotFoundError():
+            cause = "`token=True` asks for the saved login of the hub, and there is none."
+            remedy = f"Log in with {login}, or pass the token itself."
+        case OfflineModeIsEnabled():
+            cause = f'HF_HUB_OFFLINE is set, and "{repo}" is not complete in the cache ({constants.HF_HUB_CACHE}).'
+            remedy = "Load it once with HF_HUB_OFFLINE unset and the kernel restarted, or name a local folder."
+        case HfHubHTTPError() if status in (401, 403):
+            cause = f'The hub refuses access to "{repo}" (HTTP {status}).'
+            remedy = f"If your token is old or mistyped, log in again with {login} or pass a valid `token=`."
+        case HfHubHTTPError() if status is not None:
+            cause = f'The hub answered with HTTP {status} when asked for "{repo}".'
+            remedy = f"Wait a little {AGAIN}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            cause = f'The disk is full: "{repo}" does not fit into the cache ({constants.HF_HUB_CACHE}).'
+            remedy = f"Free space there, or set HF_HOME to a larger disk and restart the kernel, {AGAIN}"
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
+            cause = f"The cache of the hub cannot be written: {error}."
+            remedy = "Make it writable, or set HF_HOME to a folder of yours and restart the kernel."
+        case OSError(errno=int()) if not isinstance(error, (ConnectionError, TimeoutError)):
+            return None
+        case _:
+            cause = (
+                f'The connection to the hub failed ({type(error).__name__}), and "{repo}" is not complete in the cache.'
+            )
+            remedy = f"Check the network {AGAIN}"
+    return HubError(cause, remedy)

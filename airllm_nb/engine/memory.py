@@ -1,0 +1,115 @@
+"""What this process may use of the machine's memory, and sizes as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import psutil
+import torch
+
+from airllm_nb.errors import MemoryBudgetError
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
+
+
+def parse_size(text: str | float) -> int:
+    """Read a size such as ``"4GB"``, ``"1.5 GiB"``, ``"800M"`` or a number of bytes.
+
+    Returns
+    -------
+    int
+        Bytes. GB is 10^9, GiB is 2^30.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If it is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?\s*", str(text), re.IGNORECASE)
+    unit = match[2].upper() if match else None
+    if match is None or unit not in UNITS or (size := int(float(match[1]) * UNITS[unit])) <= 0:
+        raise MemoryBudgetError(f"{text!r} is not a size.", 'Write a memory budget as "4GB", "800MB", a number of bytes, or "auto".')
+    return size
+
+
+def format_size(nbytes: float) -> str:
+    """Write a size in bytes with three significant digits: ``"538 MB"``, ``"2.20 GB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:  # noqa: PLR2004  # three digits, rounded
+            break
+        nbytes /= 1000
+    else:
+        unit = "TB"
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:#.3g}".rstrip(".") + f" {unit}"
+
+
+def limits() -> dict[str, int]:
+    """Return what each authority over this process's memory still allows.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes left, by a name fit for people: the host's available memory, every cgroup that this process is in (v1 and v2),
+        and JupyterHub's ``MEM_LIMIT``.
+    """
+    left = {"available memory": psutil.virtual_memory().available}
+    for limit, usage, stat, cache in _cgroups():
+        allowed = _number(limit)
+        if allowed is not None and allowed < UNLIMITED:
+            # File pages count as used but are given back on demand.
+            used = (_number(usage) or 0) - _stat(stat, cache)
+            left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - used, 0))
+    if os.environ.get("MEM_LIMIT", "").isdigit():  # set by JupyterHub's spawners, in bytes
+        left["JupyterHub's MEM_LIMIT"] = max(int(os.environ["MEM_LIMIT"]) - psutil.Process().memory_info().rss, 0)
+    return left
+
+
+def available(device: torch.device) -> tuple[int, str]:
+    """Return the bytes that weights could still use on `device`, and the name of the limit that says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "free GPU memory"
+    left = limits()
+    name = min(left, key=left.__getitem__)
+    return left[name], name
+
+
+def _cgroups() -> list[tuple[Path, Path, Path, str]]:
+    """Return (limit, usage, stat, name of the file pages in stat) of each memory cgroup from this process's up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = CGROUP, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # In a container the path is the host's, and the container's own group is mounted at the root.
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            if folder.is_relative_to(root):
+                found.append((folder / names[0], folder / names[1], folder / "memory.stat", names[2]))
+    return found
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _stat(path: Path, name: str) -> int:
+    try:
+        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} ")), 0)
+    except OSError:
+        return 0

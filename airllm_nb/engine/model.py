@@ -1,0 +1,374 @@
+"""LayeredModel: a transformers model whose weights need not fit in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from airllm_nb.engine import hub
+from airllm_nb.engine.checkpoint import Checkpoint
+from airllm_nb.engine.plan import Plan, choose, make_plan, plan, short_name
+from airllm_nb.engine.reader import Reader
+from airllm_nb.engine.runtime import Runtime
+from airllm_nb.engine.skeleton import Skeleton, build
+from airllm_nb.engine.slots import Slot, make_slots
+from airllm_nb.engine.stream import WeightStream
+from airllm_nb.engine.weights import GroupReader, WeightGroup
+from airllm_nb.errors import AirLLMError, CheckpointError, DeviceError, PromptError
+from airllm_nb.events import LayerInfo, LayerReady, LayerRead, Listener, LoadBegin, LoadEnd, Source
+
+__all__ = ["LayeredModel", "plan"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
+OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "progress"))
+
+
+class LayeredModel:
+    """A causal language model that reads its decoder layers from disk just before they compute, as far as memory demands.
+
+    Behaves as the transformers model that it runs: what is not defined here is that model's own, and ``isinstance`` and
+    ``pipeline`` take it for one. Made by `from_pretrained`.
+
+    Attributes
+    ----------
+    plan : Plan
+        Sizes, and what stays and what streams.
+    layers : tuple of LayerInfo
+        The decoder layers in the order of computation.
+    device : torch.device
+        Where it computes.
+    dtype : torch.dtype
+        What it computes in.
+    path : Path
+        The checkpoint's folder.
+    """
+
+    def __init__(self, skeleton: Skeleton, reader: Reader, plan: Plan, path: Path, *, trust_remote_code: bool) -> None:
+        self._skeleton = skeleton
+        self._reader = reader
+        self._plan = plan
+        self._path = path
+        self._trust = trust_remote_code
+        self._tokenizer: Any = None
+        self._runtime = Runtime(skeleton.layers, plan.layers)
+        self._hf = _make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        memory: str | float = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        progress: Listener | None = None,
+    ) -> LayeredModel:
+        """Load a model.
+
+        Parameters
+        ----------
+        model : str or path
+            A hub id, a local folder with ``config.json`` and safetensors files, or ``"demo"``.
+        device : str or torch.device
+            ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:0"``, ``"mps"`` ...
+        dtype : str or torch.dtype
+            ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        memory : str or number
+            Budget for weights and read-ahead buffers on the device: ``"auto"``, a size such as ``"4GB"``, or bytes.
+        revision, token : optional
+            Branch, tag or commit of a hub model, and the token that opens it.
+        trust_remote_code : bool
+            Allow code from the checkpoint to run. Off unless you say so.
+        progress : callable(event), optional
+            Told of every event, see `airllm_nb.events`.
+
+        Returns
+        -------
+        LayeredModel
+
+        Raises
+        ------
+        AirLLMError
+            One of its kinds, with cause and remedy; nothing stays in memory then.
+        """
+        name = short_name(model)
+        if model == "demo":
+            from airllm_nb import demo
+
+            name, model = short_name(demo.DEMO), demo.demo_path()
+        path = hub.locate(model, revision=revision, token=token)
+        checkpoint = Checkpoint(path)
+        chosen, number, reasons = choose(checkpoint, device, dtype)
+        skeleton = build(path, checkpoint, number, trust_remote_code=trust_remote_code)
+        decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+        reader = Reader(checkpoint)
+        loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
+        try:
+            loaded.progress = progress
+            loaded._load(GroupReader(checkpoint, reader))
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    def _load(self, groups: GroupReader) -> None:
+        """Read what stays, and start the read-ahead of what streams."""
+        runtime, plan = self._runtime, self._plan
+        begin, completed = time.perf_counter(), False
+        runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
+
+        def fill(info: LayerInfo, group: WeightGroup, host: torch.Tensor) -> None:
+            start = time.perf_counter()
+            runtime.emit(LayerRead(info.index, info.name, info.nbytes))
+            from_disk = groups.fill(group, host, keep_cached=info.resident)
+            source: Source = "disk" if from_disk else "cache"
+            runtime.sources[info.index] = source
+            runtime.emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
+
+        try:
+            always = torch.empty(self._skeleton.always.nbytes, dtype=torch.uint8)
+            groups.fill(self._skeleton.always, always, keep_cached=True)
+            self._skeleton.always.attach(always.to(plan.device))
+            for layer, info in zip(self._skeleton.layers, plan.layers, strict=True):
+                if info.resident:
+                    host = torch.empty(info.nbytes, dtype=torch.uint8)
+                    fill(info, layer.group, host)
+                    layer.group.attach(host.to(plan.device))
+            streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
+            if streamed:
+
+                def read(index: int, slot: Slot) -> None:
+                    fill(plan.layers[index], self._skeleton.layers[index].group, slot.host)
+
+                runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
+            completed = True
+        finally:
+            runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
+
+    # What the model does
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate token ids: transformers' own ``generate``, with all its options.
+
+        Raises
+        ------
+        PromptError
+            If prompt and new tokens do not fit the context.
+        """
+        args, kwargs = self._on_device(args), self._on_device(kwargs)
+        self._check_fits(args, kwargs, kwargs.get("max_new_tokens") or 1)
+        if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
+            kwargs["assistant_model"] = assistant._hf
+        with self._runtime.lock:
+            return self._hf.generate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward pass; arguments and result are those of the transformers model."""
+        args, kwargs = self._on_device(args), self._on_device(kwargs)
+        self._check_fits(args, kwargs, 0)
+        return self._hf(*args, **kwargs)
+
+    forward = __call__
+
+    def close(self) -> None:
+        """Free the weights and stop reading. May be called more than once."""
+        self._runtime.close()
+        self._skeleton.always.detach()
+        self._reader.close()
+
+    def __enter__(self) -> LayeredModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if "_skeleton" in self.__dict__ and "_hf" in self.__dict__:
+            self.close()
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        """Short name of the model."""
+        return self._plan.name
+
+    @property
+    def plan(self) -> Plan:
+        """Sizes, and what stays and what streams."""
+        return self._plan
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """The decoder layers in the order of computation."""
+        return self._plan.layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._plan.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._plan.dtype
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        return self._path
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, read when first asked for.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint has none, or it cannot be read.
+        """
+        if self._tokenizer is None:
+            if not any((self._path / file).is_file() for file in TOKENIZER_FILES):
+                raise CheckpointError(
+                    f"{self._path.name} has no tokenizer files, so there is no model.tokenizer.",
+                    "Pass token ids as input_ids, or copy the tokenizer's files into the folder.",
+                )
+            import transformers
+
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust)
+            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+                raise CheckpointError(
+                    f"The tokenizer cannot be read: {str(error).strip().splitlines()[0]}",
+                    "Install what it names, or fetch the tokenizer's files again.",
+                ) from error
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that fit, prompt and answer together; None if the model sets no limit."""
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+        if limit and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("dynamic", "linear"):
+            return int(limit * scaling.get("factor", 1))  # these stretch the context beyond what config.json says
+        return limit
+
+    @property
+    def progress(self) -> Listener | None:
+        """Who is told of events. Settable; without one, layers that stay have no hooks."""
+        return self._runtime.listener
+
+    @progress.setter
+    def progress(self, listener: Listener | None) -> None:
+        self._runtime.listener = listener
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The class of the transformers model: a proxy's usual way of being taken for what it stands for."""
+        return type(self._hf) if "_hf" in self.__dict__ else LayeredModel
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OWN:
+            raise AttributeError(name)
+        return getattr(self._hf, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._hf, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self._hf)})
+
+    def __repr__(self) -> str:
+        streamed = sum(not layer.resident for layer in self.layers)
+        stay = f"{streamed} of {len(self.layers)} layers stream" if streamed else f"{len(self.layers)} layers, all resident"
+        return f"LayeredModel({self.name}: {stay}, {self.device}, {str(self.dtype).removeprefix('torch.')})"
+
+    def _on_device(self, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: self._on_device(value) for key, value in values.items()}
+        if isinstance(values, tuple):
+            return tuple(self._on_device(value) for value in values)
+        return values.to(self.device) if type(values) is torch.Tensor else values
+
+    def _check_fits(self, args: tuple[Any, ...], kwargs: dict[str, Any], new: int) -> None:
+        """Refuse what the model's positions cannot hold, before minutes are spent on it."""
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        limit = self.context_length
+        if limit is None or not isinstance(ids, torch.Tensor) or ids.dim() == 0:
+            return
+        tokens = ids.shape[-1]
+        if tokens == 0:
+            raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
+        if tokens + min(new, 1) > limit:
+            raise PromptError(
+                f"The prompt has {tokens} tokens, and {self.name} has a context of {limit}.", f"Shorten it to {limit - 1} tokens or fewer."
+            )
+        if tokens + new > limit:
+            raise PromptError(
+                f"{tokens} tokens of prompt and {new} new ones exceed {self.name}'s context of {limit}.",
+                f"Ask for at most {limit - tokens} new tokens.",
+            )
+
+
+def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: torch.dtype) -> Any:
+    """Give a transformers model passes that the runtime brackets, and the device and dtype that it really has.
+
+    The class is replaced by a subclass of the same name, so that whatever transformers calls (`generate`, a pipeline, a speculative
+    decoder) goes through it. ``device`` must not be taken from the parameters, which may be on meta.
+    """
+    base = type(model)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        with runtime.forward_pass(0 if ids is None else ids.shape[1], _past_length(kwargs.get("past_key_values"))):
+            return base.forward(self, *args, **kwargs)
+
+    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moved, number, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001  # as nn.Module.to reads its arguments
+        if moved not in (None, device) or number not in (None, dtype):
+            _refuse_move()
+        return self
+
+    for name, buffer in model.named_buffers():
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._buffers[attribute] = buffer.to(device)  # noqa: SLF001
+    members = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
+        "forward": forward, "to": stay, "_apply": lambda *_, **__: _refuse_move(), "save_pretrained": lambda *_, **__: _refuse_save(),
+        "device": property(lambda _: device), "dtype": property(lambda _: dtype),
+    }  # fmt: skip
+    model.__class__ = type(base.__name__, (base,), members)
+    model.hf_device_map = {"": device}  # transformers' mark of a model that is placed already
+    return model
+
+
+def _refuse_move() -> NoReturn:
+    raise DeviceError("A layered model stays on the device and in the dtype it was loaded with.", "Load it again with device= or dtype=.")
+
+
+def _refuse_save() -> NoReturn:
+    raise AirLLMError("A layered model is not saved: its weights are the checkpoint's own.", "Copy the folder model.path instead.")
+
+
+def _past_length(past: Any) -> int:
+    """Return how many positions a KV cache holds, in any of the forms it has had."""
+    if past is None:
+        return 0
+    if hasattr(past, "get_seq_length"):
+        return int(past.get_seq_length())
+    return int(past[0][0].shape[-2]) if past else 0

@@ -1,0 +1,195 @@
+"""What loading a model would mean here: sizes, what stays, what is read for every token. Needs no weights, only headers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from airllm_nb.engine import hub, memory
+from airllm_nb.engine.checkpoint import Checkpoint
+from airllm_nb.engine.devices import select_device, select_dtype
+from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.residency import decide
+from airllm_nb.engine.skeleton import Skeleton, build
+from airllm_nb.errors import UnsupportedError
+from airllm_nb.events import LayerInfo
+
+ACTIVATIONS = 200_000_000
+"""Bytes kept free for activations and what else Python needs; the KV cache is estimated apart from it."""
+CACHED_TOKENS = 2048
+"""The length of a conversation that the estimate of the KV cache assumes, if the model's context is not shorter."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model would be (or is) loaded. All sizes are bytes.
+
+    Attributes
+    ----------
+    name : str
+        Short name of the model.
+    device, dtype : torch.device, torch.dtype
+        Where and in what it computes.
+    layers : tuple of LayerInfo
+        The decoder layers, and which of them stay.
+    budget, least : int
+        What weights and read-ahead buffers may use, and the least that works.
+    always_nbytes : int
+        Embedding, final norm and head: in memory all the time.
+    total_nbytes : int
+        All weights in `dtype`.
+    checkpoint_nbytes : int
+        All weights as published, on disk.
+    streamed_nbytes : int
+        What each forward pass reads from disk, as published.
+    window : tuple of int
+        Sizes of the buffers that streamed layers are read into.
+    reasons : tuple of str
+        Why this device, dtype and budget.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    layers: tuple[LayerInfo, ...]
+    budget: int
+    least: int
+    always_nbytes: int
+    total_nbytes: int
+    checkpoint_nbytes: int
+    streamed_nbytes: int
+    window: tuple[int, ...]
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        resident = [layer for layer in self.layers if layer.resident]
+        streamed = len(self.layers) - len(resident)
+        stay = f"all {len(resident)} layers stay" if not streamed else f"{len(resident)} layers stay, {streamed} stream"
+        dtype = str(self.dtype).removeprefix("torch.")
+        device, number, budget = self.reasons
+        used = self.always_nbytes + sum(layer.nbytes for layer in resident) + sum(self.window)
+        return "\n".join((
+            f"model     {self.name}",
+            f"device    {self.device}  ({device})",
+            f"dtype     {dtype}  ({number})",
+            f"memory    {format_size(used)} of a budget of {format_size(self.budget)}  ({budget}); "
+            f"at least {format_size(self.least)}",
+            f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
+            f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
+            f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
+        ))  # fmt: skip
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    memory: str | float = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Tell what loading a model would mean, from its headers alone: no weight is downloaded or read.
+
+    Parameters
+    ----------
+    model, device, dtype, memory, revision, token, trust_remote_code
+        As for `LayeredModel.from_pretrained`.
+
+    Raises
+    ------
+    AirLLMError
+        Whatever loading would raise, as far as headers can tell.
+    """
+    if model == "demo":
+        from airllm_nb.demo import demo_path
+
+        model = demo_path()
+    folder, headers = hub.locate_headers(model, revision=revision, token=token)
+    checkpoint = Checkpoint(folder, headers)
+    chosen, number, reasons = choose(checkpoint, device, dtype)
+    skeleton = build(folder, checkpoint, number, trust_remote_code=trust_remote_code)
+    return make_plan(short_name(model), skeleton, checkpoint, chosen, number, memory, reasons)
+
+
+def choose(
+    checkpoint: Checkpoint, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[torch.device, torch.dtype, tuple[str, str]]:
+    """Choose device and dtype for a checkpoint; returns them with the two reasons."""
+    published = checkpoint.dtype
+    if published not in FLOATS:
+        raise UnsupportedError(
+            f"The weights of this checkpoint are {str(published).removeprefix('torch.')}, which this engine does not compute in.",
+            "Use the checkpoint with bfloat16, float16 or float32 weights.",
+        )
+    chosen, device_reason = select_device(device)
+    number, dtype_reason = select_dtype(dtype, published, chosen)
+    return chosen, number, (device_reason, dtype_reason)
+
+
+def make_plan(
+    name: str,
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: str | float,
+    reasons: tuple[str, str],
+) -> Plan:
+    """Decide what stays and what streams within a budget.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the budget is below the least that works; says which limit an automatic one comes from.
+    """
+    sizes = [layer.group.nbytes for layer in skeleton.layers]
+    always = skeleton.always.nbytes
+    if budget == "auto":
+        free, limit = memory.available(device)
+        reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), dtype)
+        allowed = max(free - reserve, 0)
+        reason = f"auto: {limit} less {format_size(reserve)} for the KV cache and activations"
+    else:
+        allowed, reason = memory.parse_size(budget), "as asked"
+    decision = decide(always, sizes, allowed)
+    layers = tuple(
+        LayerInfo(index, layer.group.name, layer.group.nbytes, resident)
+        for index, (layer, resident) in enumerate(zip(skeleton.layers, decision.resident, strict=True))
+    )
+    streamed = sum(
+        checkpoint[source].nbytes
+        for layer, resident in zip(skeleton.layers, decision.resident, strict=True)
+        if not resident
+        for recipe in layer.group.recipes
+        for source in recipe.sources
+    )
+    return Plan(
+        name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least, always_nbytes=always,
+        total_nbytes=always + sum(sizes), checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed,
+        window=decision.window, reasons=(*reasons, reason),
+    )  # fmt: skip
+
+
+def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
+    """Estimate the KV cache of one conversation: keys and values of each layer, KV head and token."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 4096) // heads
+    tokens = min(getattr(text, "max_position_embeddings", None) or CACHED_TOKENS, CACHED_TOKENS)
+    return 2 * layers * kv_heads * width * tokens * dtype.itemsize
+
+
+def short_name(model: str | os.PathLike[str]) -> str:
+    """Return the last part of a hub id or folder; of a hub's snapshot folder, the model's own name."""
+    path = os.fspath(model).rstrip("/\\")
+    for part in reversed(path.replace("\\", "/").split("/")):
+        if part.startswith("models--"):
+            return part.rpartition("--")[2]
+    return path.replace("\\", "/").rpartition("/")[2]

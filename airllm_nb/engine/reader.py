@@ -1,0 +1,134 @@
+"""Reads bytes of a checkpoint's files into memory that the caller owns, and tells what came from the disk.
+
+Three promises: a file that changed since the checkpoint was opened raises (it never gives other weights without a word); nothing
+is mapped, so a truncated file cannot kill the process; and what a streaming read brought into the page cache is dropped again,
+but not what was there before, because other processes may share it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+from airllm_nb.engine.checkpoint import Checkpoint, FileState
+from airllm_nb.errors import CheckpointError
+
+CHUNK = 8 << 20
+"""Bytes per system call: large enough for the disk's full rate, small enough to stop quickly."""
+
+_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what is in the page cache
+
+
+class Reader:
+    """Positional reads from the files of one checkpoint; safe to use from several threads.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Names the files, and what each of them was when it was opened.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._states = checkpoint.states
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
+        """Fill `into` from `offset` of a file.
+
+        Parameters
+        ----------
+        path : Path
+            One of the checkpoint's files.
+        offset : int
+            In bytes.
+        into : memoryview
+            Writable bytes; all of them are filled.
+        keep_cached : bool
+            False drops the pages that this read brought into the page cache.
+
+        Returns
+        -------
+        int
+            How many of the bytes were not in the page cache.
+
+        Raises
+        ------
+        CheckpointError
+            If the file was removed, replaced, truncated or rewritten, or the disk gives an error.
+        """
+        done = missed = 0
+        try:
+            descriptor = self._open(path)
+            while done < len(into):
+                part = into[done : done + CHUNK]
+                count = _read_cached(descriptor, part, offset + done)
+                if count == 0:
+                    count = _read_disk(descriptor, part, offset + done)
+                    missed += count
+                    if count and not keep_cached and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
+                if count == 0:
+                    raise _changed(path, "was truncated")
+                done += count
+            self._check(path)
+        except FileNotFoundError as error:
+            raise _changed(path, "was removed") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"Reading {path.name} failed: {error.strerror}.", "Check the disk, then load the model again."
+            ) from error
+        return missed
+
+    def close(self) -> None:
+        """Close the files. Reading again opens them again."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+                if hasattr(os, "posix_fadvise"):  # the kernel's own read-ahead would hide what was cached before
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                self._descriptors[path] = descriptor
+            return self._descriptors[path]
+
+    def _check(self, path: Path) -> None:
+        """Check by name *after* reading: then what was read is what the checkpoint described."""
+        if FileState.of(os.stat(path)) != self._states[path]:  # noqa: PTH116  # half the time of Path.stat, at every tensor
+            raise _changed(path, "was replaced or rewritten")
+
+
+def _read_cached(descriptor: int, into: memoryview, offset: int) -> int:
+    """Read what lies in the page cache, up to the first page that does not; 0 if nothing or unknown."""
+    if _NOWAIT is None:
+        return 0
+    try:
+        return os.preadv(descriptor, [into], offset, _NOWAIT)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return 0
+        raise
+
+
+_seeking = threading.Lock()
+
+
+def _read_disk(descriptor: int, into: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset)
+    with _seeking:  # Windows has no positional read
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(into))
+    into[: len(data)] = data
+    return len(data)
+
+
+def _changed(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} {how} after the model was loaded, so its weights can no longer be trusted.", "Load the model again."
+    )

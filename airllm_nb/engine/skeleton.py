@@ -1,0 +1,268 @@
+"""The real transformers model with its parameters on meta, its decoder layers, and what each of them needs from the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from airllm_nb.compat import config as compat_config
+from airllm_nb.compat import keys, versions
+from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
+from airllm_nb.engine.reader import CHUNK
+from airllm_nb.engine.weights import Place, WeightGroup
+from airllm_nb.errors import CheckpointError, UnsupportedError
+
+# Buffers that old checkpoints carry and that the model computes itself.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: its module, and the weights that it needs to compute."""
+
+    module: nn.Module
+    group: WeightGroup
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        Parameters on meta, buffers real.
+    layers : tuple of Layer
+        In the order of computation.
+    always : WeightGroup
+        Everything that no layer holds: embedding, final norm, head.
+    unused : list of str
+        Tensors of the checkpoint that the model has no use for.
+    """
+
+    model: Any
+    layers: tuple[Layer, ...]
+    always: WeightGroup
+    unused: list[str]
+
+
+def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of a checkpoint and plan where each weight comes from.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, has the wrong shape, or belongs nowhere.
+    UnsupportedError
+        If the installed transformers does not have the model, or the engine finds no decoder layers in it.
+    """
+    raw = read_config(folder)
+    config = compat_config.load_config(folder, raw, trust_remote_code=trust_remote_code)
+    model = _empty_model(config, dtype, compat_config.attention(raw), trust_remote_code=trust_remote_code)
+    _load_generation_config(model, folder)
+    places = _places(model)
+    recipes, unused = keys.recipes(model, {name: entry.shape for name, entry in checkpoint.items()})
+    unused = [name for name in unused if not COMPUTED.search(name)]
+    wanted = model.state_dict()
+    _check_shapes(recipes, wanted, unused)
+    recipes, owners = _untied(recipes, places, checkpoint)
+    _check_complete(owners, places, folder)
+
+    layers = _decoder_layers(model)
+    members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, *layers)}
+    for recipe in recipes:
+        homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
+        members[homes.pop() if len(homes) == 1 else None].append(recipe)
+    keeps_float32 = keys.float32_names(model, dtype)
+
+    def group(path: str | None) -> WeightGroup:
+        parameters = (
+            (
+                target,
+                torch.float32 if keeps_float32(target) else wanted[target].dtype,
+                shape,
+                tuple(places[name] for name in owners[target]),
+            )
+            for recipe in members[path]
+            for target, shape in recipe.targets.items()
+        )
+        return WeightGroup(path or "embedding, norm and head", parameters, members[path])
+
+    return Skeleton(model, tuple(Layer(module, group(path)) for path, module in layers.items()), group(None), unused)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send parameters to meta as modules register them, and leave buffers real.
+
+    ``torch.device("meta")`` would send buffers there too, and a rotary embedding whose ``inv_freq`` is on meta is silently wrong
+    on some versions of transformers. accelerate's ``init_empty_weights`` works the same way.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # one that is on meta already may be a tied one
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, trust_remote_code: bool) -> Any:
+    import transformers
+
+    argument = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
+    rng = torch.random.get_rng_state()  # initialising weights that are replaced must not change the user's random numbers
+    try:
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **argument, **attention
+            )
+        model.tie_weights()
+    except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"{versions.installed_text()} cannot build this model as a causal language model: {str(error).strip().splitlines()[0]}",
+            "Check config.json, or try  %pip install -U transformers  and restart the kernel.",
+        ) from error
+    finally:
+        torch.random.set_rng_state(rng)
+    return model.eval()
+
+
+def _load_generation_config(model: Any, folder: Path) -> None:
+    import transformers
+
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"generation_config.json cannot be read: {error}", "Fetch it again, or delete it.") from error
+    model.config._name_or_path = model.name_or_path = str(folder)  # noqa: SLF001  # as from_pretrained does
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    """Return the place of every parameter and persistent buffer, by name; tied ones under each of their names."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        temporary = module._non_persistent_buffers_set  # noqa: SLF001
+        for table, is_buffer in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
+            for attribute, tensor in table.items():
+                if tensor is not None and not (is_buffer and attribute in temporary):
+                    found[prefix + attribute] = Place(table, attribute, is_buffer)  # type: ignore[arg-type]
+    return found
+
+
+def _decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """Return the decoder layers by module path, in the order of computation.
+
+    They are what transformers itself never splits between devices (``_no_split_modules``) and counts with numbers.
+    """
+    classes = set(model._no_split_modules or ())  # noqa: SLF001
+    layers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        numbered = path.rpartition(".")[2].isdigit()
+        if numbered and type(module).__name__ in classes and not any(path.startswith(f"{outer}.") for outer in layers):
+            layers[path] = module
+    if not layers:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no decoder layers that could be read one by one.", "Load it with transformers itself."
+        )
+    return layers
+
+
+def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: Sequence[str]) -> None:
+    for recipe in recipes:
+        for target, shape in recipe.targets.items():
+            if target not in wanted or tuple(wanted[target].shape) != shape:
+                expected = tuple(wanted[target].shape) if target in wanted else "nothing"
+                raise CheckpointError(
+                    f"Tensor {recipe.sources[0]} has shape {shape}, and config.json asks for {expected}.",
+                    "The weights and config.json do not belong together. " + AGAIN,
+                )
+    if unused:
+        raise CheckpointError(
+            f"The checkpoint holds tensors that its model has no place for: {', '.join(unused[:3])}"
+            f"{f' and {len(unused) - 3} more' if len(unused) > 3 else ''}.",  # noqa: PLR2004  # name three
+            "The weights and config.json do not belong together. " + AGAIN,
+        )
+
+
+def _untied(
+    recipes: Sequence[keys.Recipe], places: dict[str, Place], checkpoint: Checkpoint
+) -> tuple[list[keys.Recipe], dict[str, list[str]]]:
+    """Decide which names each loaded tensor serves.
+
+    A tied parameter is stored under one of its names, or under several with the same bytes, and is then loaded once. Where the
+    bytes differ it is not tied after all, as in transformers from 5.0 on.
+
+    Returns
+    -------
+    list of Recipe, dict of str to list of str
+        The recipes that are left, and for each of their targets the names that it serves.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, place in places.items():
+        aliases.setdefault(id(place.table[place.attribute]), []).append(name)
+    by_target = {target: recipe for recipe in recipes for target in recipe.targets}
+    owners: dict[str, list[str]] = {}
+    dropped: set[int] = set()
+    for names in aliases.values():
+        stored = [name for name in names if name in by_target]
+        for name in stored:
+            first = by_target[stored[0]]
+            if name == stored[0]:
+                owners[name] = [name, *(other for other in names if other not in by_target)]
+            elif _same_bytes(checkpoint, first, by_target[name]):
+                owners[stored[0]].append(name)
+                dropped.add(id(by_target[name]))
+            else:
+                owners[name] = [name]
+    return [recipe for recipe in recipes if id(recipe) not in dropped], owners
+
+
+def _same_bytes(checkpoint: Checkpoint, one: keys.Recipe, other: keys.Recipe) -> bool:
+    if one.convert or other.convert:
+        return False
+    first, second = checkpoint[one.sources[0]], checkpoint[other.sources[0]]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if not checkpoint.states:  # planning from headers alone
+        return True
+    with first.file.open("rb") as left, second.file.open("rb") as right:
+        left.seek(first.offset)
+        right.seek(second.offset)
+        return all(
+            left.read(size) == right.read(size)
+            for start in range(0, first.nbytes, CHUNK)
+            if (size := min(CHUNK, first.nbytes - start))
+        )
+
+
+def _check_complete(owners: dict[str, list[str]], places: dict[str, Place], folder: Path) -> None:
+    served = {name for names in owners.values() for name in names}
+    missing = [name for name, place in places.items() if name not in served and not place.is_buffer]
+    if missing:
+        raise CheckpointError(
+            f"{folder.name} lacks weights that its config.json asks for: {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}.",  # noqa: PLR2004  # name three
+            AGAIN,
+        )
+
+
+def _home(name: str, layers: dict[str, nn.Module], places: dict[str, Place]) -> str | None:
+    """Return the decoder layer that comes and goes with a parameter; None if it always stays."""
+    if places[name].is_buffer:
+        return None
+    return next((path for path in layers if name.startswith(f"{path}.")), None)

@@ -1,0 +1,165 @@
+"""The weights of one layer as one flat buffer: how they lie in it, how it is filled from the checkpoint, how modules see it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from airllm_nb.compat.keys import Recipe, Tensors
+from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
+from airllm_nb.engine.reader import CHUNK, Reader
+
+ALIGN = 64  # bytes: a cache line, and the widest vector register
+SERIAL = 32_767  # elements: up to here PyTorch copies on the calling thread alone
+
+
+
+class Place(NamedTuple):
+    """Where a module keeps a parameter or buffer: its own table of them, and the attribute's name."""
+
+    table: dict[str, torch.Tensor | None]
+    attribute: str
+    is_buffer: bool
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter in a flat buffer: `nbytes` from `offset`. A tied one has several places in the model."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    places: tuple[Place, ...]
+
+
+class WeightGroup:
+    """Parameters that come and go together: those of one decoder layer, or those that are always resident.
+
+    Parameters
+    ----------
+    name : str
+        Module path of the layer.
+    parameters : iterable of (name, dtype, shape, places)
+        What the buffer holds. Persistent buffers count too, but not in a group that is ever detached.
+    recipes : sequence of Recipe
+        Where it comes from; together they make each parameter exactly once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Iterable[tuple[str, torch.dtype, tuple[int, ...], tuple[Place, ...]]],
+        recipes: Sequence[Recipe],
+    ) -> None:
+        self.name = name
+        self.recipes = recipes
+        self.weights: dict[str, Weight] = {}
+        offset = 0
+        for parameter, dtype, shape, places in parameters:
+            nbytes = math.prod(shape) * dtype.itemsize
+            self.weights[parameter] = Weight(parameter, dtype, shape, offset, nbytes, places)
+            offset += -(-nbytes // ALIGN) * ALIGN
+        self.nbytes = offset
+        self._away = [
+            (place, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False))
+            for weight in self.weights.values()
+            for place in weight.places
+        ]
+
+    def views(self, buffer: torch.Tensor) -> Tensors:
+        """Return each parameter as a view of a flat uint8 buffer of at least `nbytes` bytes."""
+        return {
+            weight.name: buffer[weight.offset : weight.offset + weight.nbytes].view(weight.dtype).view(weight.shape)
+            for weight in self.weights.values()
+        }
+
+    def attach(self, buffer: torch.Tensor) -> None:
+        """Let the model's modules use the weights in `buffer`."""
+        for name, view in self.views(buffer).items():
+            parameter = nn.Parameter(view, requires_grad=False)
+            for place in self.weights[name].places:
+                place.table[place.attribute] = view if place.is_buffer else parameter
+
+    def detach(self) -> None:
+        """Put the parameters back on meta: the modules hold no memory. May be called at any time."""
+        for place, parameter in self._away:
+            place.table[place.attribute] = parameter
+
+
+class GroupReader:
+    """Fills buffers with the weights of a group, converted to the dtype they compute in.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the tensors lie.
+    reader : Reader
+        Reads their bytes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
+        self._checkpoint = checkpoint
+        self._reader = reader
+        self._staging = threading.local()
+
+    def fill(self, group: WeightGroup, buffer: torch.Tensor, *, keep_cached: bool) -> bool:
+        """Read a group's weights into a flat uint8 buffer on the CPU.
+
+        Returns
+        -------
+        bool
+            True if any of it had to come from the disk, False if the page cache held it all.
+        """
+        views = group.views(buffer)
+        missed = 0
+        for recipe in group.recipes:
+            if recipe.convert is None:
+                (target,) = recipe.targets
+                missed += self._read(self._checkpoint[recipe.sources[0]], views[target], keep_cached=keep_cached)
+                continue
+            dtype = views[next(iter(recipe.targets))].dtype
+            tensors = {}
+            for source in recipe.sources:
+                entry = self._checkpoint[source]
+                tensors[source] = torch.empty(entry.shape, dtype=dtype)
+                missed += self._read(entry, tensors[source], keep_cached=keep_cached)
+            for target, tensor in recipe.convert(tensors).items():
+                views[target].copy_(tensor)
+        return missed > 0
+
+    def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read one tensor; returns the bytes that the page cache did not hold."""
+        if entry.dtype == into.dtype:
+            return self._reader.read(entry.file, entry.offset, _bytes(into), keep_cached=keep_cached)
+        missed = done = 0
+        flat = into.view(-1)
+        staging = self._staging_buffer()
+        while done < flat.numel():
+            part = staging.view(entry.dtype)[: flat.numel() - done]
+            start = entry.offset + done * entry.dtype.itemsize
+            missed += self._reader.read(entry.file, start, _bytes(part), keep_cached=keep_cached)
+            # In pieces that PyTorch converts on this thread: more threads would take cores from the layer that computes.
+            for begin in range(0, part.numel(), SERIAL):
+                piece = part[begin : begin + SERIAL]
+                flat[done + begin : done + begin + piece.numel()].copy_(piece)
+            done += part.numel()
+        return missed
+
+    def _staging_buffer(self) -> torch.Tensor:
+        if not hasattr(self._staging, "buffer"):
+            self._staging.buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        buffer: torch.Tensor = self._staging.buffer
+        return buffer
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's own memory, writable."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
