@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,11 +133,13 @@ def _version_5(model: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Tensor
 
 
 def _converter(model: Any, converter: Any, target: str, members: Iterable[tuple[str, str]]) -> Callable[[Tensors], Tensors]:
+    config, weak = model.config, weakref.ref(model)  # the reading thread holds recipes, and must not keep the model alive
+
     def convert(tensors: Tensors) -> Tensors:
         fresh = copy.deepcopy(converter)  # it collects tensors: one use each
         for name, pattern in members:
             fresh.add_tensor(target, name, pattern, tensors[name])
-        made = fresh.convert(target, model=model, config=model.config)
+        made = fresh.convert(target, model=weak(), config=config)
         made = made[0] if isinstance(made, tuple) else made  # 5.0 returns (tensors, errors)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 

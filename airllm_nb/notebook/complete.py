@@ -1,0 +1,73 @@
+"""Tab completion of what stands on a line with %airllm or %%airllm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from airllm_nb.notebook.options import CELL, VERBS
+
+
+def complete(_shell: Any, event: Any) -> list[str]:
+    """Return what could stand at the cursor: IPython's ``complete_command`` hook.
+
+    `event.symbol` is what IPython will replace; it may be only the end of a word (``:`` and ``=`` separate).
+    """
+    *before, word = event.text_until_cursor.split(" ")
+    candidates = _candidates([text for text in before if text], word)
+    kept = len(word) - len(event.symbol)
+    return [text[kept:] for text in candidates if text.startswith(word)]
+
+
+def _candidates(before: list[str], word: str) -> list[str]:
+    magic, *arguments = before
+    parser = CELL
+    if magic == "%airllm":
+        if not arguments:
+            return list(VERBS)
+        if arguments[0] not in VERBS:
+            return []
+        parser = VERBS[arguments[0]]
+    option, equals, _ = word.partition("=")
+    if equals:
+        return [f"{option}={value}" for value in _values(option)]
+    last = arguments[-1] if arguments else ""
+    values = _values(last)
+    if values:
+        return values
+    if word.startswith("-") or parser is CELL:
+        return parser.words
+    takes_model = parser.words and not any(text for text in arguments[1:] if not text.startswith("-"))
+    return [*(["demo", *_folders(word)] if takes_model else []), *parser.words]
+
+
+def _values(option: str) -> list[str]:
+    if option == "--device":
+        return ["auto", *_devices()]
+    if option == "--dtype":
+        return ["auto", "float32", "bfloat16", "float16"]
+    return []
+
+
+def _devices() -> list[str]:
+    """Name the devices that can be used; without torch in memory, all there may be: importing it takes seconds."""
+    if "torch" not in sys.modules:
+        return ["cpu", "cuda", "mps", "xpu"]
+    from airllm_nb.engine.devices import devices
+
+    return [device.name for device in devices() if device.usable]
+
+
+def _folders(word: str) -> list[str]:
+    """Name the folders that begin with `word`, as it is written."""
+    head, slash, tail = word.rpartition("/")
+    try:
+        found = [
+            entry.name
+            for entry in Path(head + slash or ".").expanduser().iterdir()
+            if entry.is_dir() and entry.name.startswith(tail) and (tail or not entry.name.startswith("."))
+        ]
+    except OSError:
+        return []
+    return [f"{head}{slash}{name}/" for name in sorted(found) if " " not in name]

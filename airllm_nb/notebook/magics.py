@@ -1,0 +1,172 @@
+"""The magics: ``%airllm`` and ``%%airllm``. Parse the line, call the session, show what comes back."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from traitlets import Enum, Unicode
+
+from airllm_nb.notebook import options
+from airllm_nb.notebook.complete import complete
+from airllm_nb.notebook.imports import import_engine
+from airllm_nb.notebook.session import Session
+from airllm_nb.notebook.summary import Answer, Interrupted
+
+if TYPE_CHECKING:
+    import argparse
+
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from airllm_nb.notebook.progress import Renderer
+
+COMMANDS = ("%airllm", "%%airllm")
+
+
+@magics_class
+class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not followed
+    """Defaults for the %airllm magics, and the session that they work on."""
+
+    device = Unicode("auto", help="Where to compute when --device is not given.").tag(config=True)
+    dtype = Unicode("auto", help="What to compute in when --dtype is not given.").tag(config=True)
+    memory = Unicode("auto", help="Budget for weights when --memory is not given.").tag(config=True)
+    display = Enum(
+        ("auto", "widget", "text", "silent"),
+        "auto",
+        help="How the layers at work are shown: auto is widget in a notebook, text in a terminal.",
+    ).tag(config=True)
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self.session = Session(self._new_renderer)
+        self._renderers: list[Renderer] = []
+
+    @no_var_expand  # type: ignore[untyped-decorator]
+    @line_magic("airllm")  # type: ignore[untyped-decorator]
+    def line(self, line: str) -> None:
+        """Show `options.HELP`: see below."""
+        words = options.split(line, self.shell.user_ns)
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(options.SUMMARY + "\n\n%airllm? shows all options and examples.")
+            return
+        verb, *rest = words
+        if verb not in options.VERBS:
+            near = difflib.get_close_matches(verb, options.VERBS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options.VERBS)}."
+            raise UsageError(f"%airllm: unknown verb {verb!r}; {hint}")
+        parser = options.VERBS[verb]
+        if "-h" in rest or "--help" in rest:
+            print(parser.format_help())
+            return
+        getattr(self, f"_{verb}")(parser.parse_args(rest))
+
+    @no_var_expand  # type: ignore[untyped-decorator]
+    @cell_magic("airllm")  # type: ignore[untyped-decorator]
+    def cell(self, line: str, cell: str) -> None:
+        """Show `options.HELP`: see below."""
+        words = options.split(line, self.shell.user_ns)
+        if "-h" in words or "--help" in words:
+            print(options.CELL.format_help())
+            return
+        settings = vars(options.CELL.parse_args(words))
+        output = settings.pop("output")
+        settings["stop"] = tuple(settings["stop"])
+        try:
+            answer = self.session.ask(cell.removesuffix("\n"), **settings)
+        except Interrupted as stop:
+            self._keep(stop.answer, output)
+            raise
+        self._keep(answer, output)
+
+    line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
+
+    def _load(self, arguments: argparse.Namespace) -> None:
+        model = self.session.load(
+            **self._model_options(arguments),
+        )
+        from airllm_nb.notebook import report
+
+        print(report.one_line(model))
+
+    def _unload(self, _: argparse.Namespace) -> None:
+        was_loaded = self.session.loaded
+        self.session.unload()
+        print("The model is unloaded." if was_loaded else "No model was loaded.")
+
+    def _status(self, _: argparse.Namespace) -> None:
+        if not self.session.loaded:
+            print("No model is loaded. Load one with, for example: %airllm load demo")
+            return
+        from airllm_nb.notebook import report
+
+        print(report.status(self.session.model))
+
+    def _devices(self, _: argparse.Namespace) -> None:
+        import_engine()
+        from airllm_nb.engine.devices import devices
+        from airllm_nb.notebook import report
+
+        print(report.devices(devices()))
+
+    def _plan(self, arguments: argparse.Namespace) -> None:
+        import_engine()
+        from airllm_nb import plan
+
+        print(plan(**self._model_options(arguments)))
+
+    def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        model = arguments.model
+        return {
+            "model": str(Path(model).expanduser()) if model.startswith("~") else model,
+            "device": arguments.device or self.device,
+            "dtype": arguments.dtype or self.dtype,
+            "memory": arguments.memory or self.memory,
+            "revision": arguments.revision,
+            "trust_remote_code": arguments.trust_remote_code,
+        }
+
+    def _keep(self, answer: Answer | None, name: str | None) -> None:
+        self.shell.user_ns["_airllm"] = answer
+        if name:
+            self.shell.user_ns[name] = answer
+
+    def _new_renderer(self) -> Renderer:
+        kind = self.display
+        if kind == "auto":
+            kind = "text" if getattr(self.shell, "kernel", None) is None else "widget"
+        from airllm_nb.notebook import renderers
+
+        renderer: Renderer = renderers.KINDS[kind]()
+        self._renderers.append(renderer)
+        return renderer
+
+    def close(self) -> None:
+        """Free the model and take the displays away."""
+        self.session.unload()
+        for renderer in self._renderers:
+            renderer.close()
+        self._renderers.clear()
+
+
+def load(shell: InteractiveShell) -> None:
+    """Register the magics, their configuration and their completion in `shell`."""
+    shell.register_magics(AirLLMMagics(shell))
+    for command in COMMANDS:
+        shell.set_hook("complete_command", complete, str_key=command)
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Free the model and undo `load`."""
+    magics = shell.magics_manager.registry.get(AirLLMMagics.__name__)
+    if magics is None:
+        return
+    magics.close()
+    del shell.magics_manager.registry[AirLLMMagics.__name__]
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop("airllm", None)
+    shell.configurables.remove(magics)
+    for command in COMMANDS:
+        shell.strdispatchers["complete_command"].strs.pop(command, None)

@@ -1,0 +1,266 @@
+"""What a run is doing right now: one listener adds up the engine's events, and has them drawn now and then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from airllm_nb.events import (
+    ComputeBegin,
+    ComputeEnd,
+    Event,
+    LayerInfo,
+    LayerRead,
+    LayerReady,
+    LoadBegin,
+    LoadEnd,
+    PassBegin,
+    PassEnd,
+)
+from airllm_nb.notebook.summary import LayerTotals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Phase = Literal["waiting", "reading", "ready", "resident", "computing", "done"]
+"""What a layer does: its weights are on disk, being read, read ahead, or stay; it computes; it has computed."""
+
+Ended = Literal["done", "interrupted", "failed"]
+"""How it ended."""
+
+DRAWS_PER_SECOND = 7.0
+BURST = 3
+"""Together at most 10 draws in any second; the burst keeps the picture true when one slow layer follows another."""
+
+
+@dataclass
+class LayerState:
+    """One layer: where its weights are, what it does, and what it has done in this run."""
+
+    info: LayerInfo
+    weights: Literal["waiting", "reading", "ready", "resident"]
+    work: Literal["idle", "computing", "done"] = "idle"
+    passes: int = 0
+    disk_nbytes: int = 0
+    cache_nbytes: int = 0
+    read_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def phase(self) -> Phase:
+        """The one thing to show of it."""
+        if self.work == "computing":
+            return "computing"
+        if self.work == "done" and self.weights in ("waiting", "resident"):
+            return "done"
+        return self.weights  # read ahead for the next pass, it is more than done
+
+    def totals(self) -> LayerTotals:
+        """Freeze what it has done."""
+        return LayerTotals(
+            self.info.index,
+            self.info.name,
+            self.info.nbytes,
+            self.info.resident,
+            self.passes,
+            self.disk_nbytes,
+            self.cache_nbytes,
+            self.read_seconds,
+            self.waited_seconds,
+            self.compute_seconds,
+        )
+
+
+class RunState:
+    """The engine's events of one load or one run, added up. Knows nothing about drawing.
+
+    Parameters
+    ----------
+    model : str
+        The model's name, for people.
+    layers : tuple of LayerInfo, optional
+        Its layers, if they are known before the first event.
+    tokens_wanted : int, optional
+        The largest number of tokens that a run can give; 0 for a load.
+    """
+
+    def __init__(self, model: str, layers: tuple[LayerInfo, ...] = (), tokens_wanted: int = 0) -> None:
+        self.model = model
+        self.tokens_wanted = tokens_wanted
+        self.kind: Literal["opening", "load", "prefill", "decode"] = "opening"
+        self.ended: Ended | None = None  # None while it runs
+        self.seconds = 0.0  # of the load; or from the first pass's begin to the last one's end
+        self.prompt_tokens = 0
+        self.passes_begun = 0
+        self.tokens = 0  # passes that are over: each gives a token
+        self.layer = 0  # the layer that computes, or did last
+        self.decode_seconds = 0.0
+        self.loaded_layers = 0
+        self.loaded_nbytes = 0
+        self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
+        self._began_at: float | None = None
+        self._pass_at = 0.0
+        self._apply: dict[type[Event], Callable[[Any], None]] = {
+            LoadBegin: self._load_begin,
+            LoadEnd: self._load_end,
+            PassBegin: self._pass_begin,
+            PassEnd: self._pass_end,
+            LayerRead: self._layer_read,
+            LayerReady: self._layer_ready,
+            ComputeBegin: self._compute_begin,
+            ComputeEnd: self._compute_end,
+        }
+
+    def apply(self, event: Event) -> None:
+        """Take one event into account."""
+        self._apply[type(event)](event)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of the decoding passes while it runs, of the whole run when it is over; 0.0 before it is known."""
+        if self.ended:
+            return self.tokens / self.seconds if self.seconds else 0.0
+        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much is done, from 0 to 1."""
+        if self.ended == "done":
+            return 1.0
+        if self.kind == "load":
+            wanted = sum(layer.info.resident for layer in self.layers)
+            return self.loaded_layers / wanted if wanted else 1.0
+        if self.kind == "opening":
+            return 0.0
+        return min(1.0, (self.passes_begun - 1 + self.pass_fraction) / self.tokens_wanted)
+
+    @property
+    def pass_fraction(self) -> float:
+        """How much of the present pass is done, from 0 to 1."""
+        return sum(layer.work == "done" for layer in self.layers) / len(self.layers)
+
+    def _load_begin(self, event: LoadBegin) -> None:
+        self.kind = "load"
+        self.model = event.model
+        self.layers = [LayerState(info, "waiting") for info in event.layers]
+
+    def _load_end(self, event: LoadEnd) -> None:
+        self.seconds = event.seconds
+
+    def _pass_begin(self, event: PassBegin) -> None:
+        self.kind = event.kind
+        self.passes_begun += 1
+        self._pass_at = event.at
+        if self._began_at is None:
+            self._began_at = event.at
+        if event.kind == "prefill":
+            self.prompt_tokens = event.tokens
+        for layer in self.layers:
+            layer.work = "idle"
+
+    def _pass_end(self, event: PassEnd) -> None:
+        if not event.completed or self._began_at is None:
+            return
+        self.tokens += 1
+        self.seconds = event.at - self._began_at
+        if self.kind == "decode":
+            self.decode_seconds += event.at - self._pass_at
+
+    def _layer_read(self, event: LayerRead) -> None:
+        self.layers[event.index].weights = "reading"
+
+    def _layer_ready(self, event: LayerReady) -> None:
+        layer = self.layers[event.index]
+        layer.weights = "resident" if layer.info.resident else "ready"
+        layer.read_seconds += event.seconds
+        if event.source == "disk":
+            layer.disk_nbytes += event.nbytes
+        else:
+            layer.cache_nbytes += event.nbytes
+        if self.kind == "load" and layer.info.resident:
+            self.loaded_layers += 1
+            self.loaded_nbytes += event.nbytes
+
+    def _compute_begin(self, event: ComputeBegin) -> None:
+        self.layer = event.index
+        layer = self.layers[event.index]
+        layer.work = "computing"
+        layer.waited_seconds += event.waited
+
+    def _compute_end(self, event: ComputeEnd) -> None:
+        layer = self.layers[event.index]
+        layer.work = "done"
+        layer.passes += 1
+        layer.compute_seconds += event.seconds
+        if layer.weights == "ready":  # and not already being read for the next pass
+            layer.weights = "waiting"
+
+
+class Renderer(Protocol):
+    """Draws a `RunState`; is called on the thread that runs the cell, and nowhere else."""
+
+    def draw(self, state: RunState) -> None:
+        """Show the state as it is now."""
+
+    def before_text(self) -> None:
+        """Make room: text is about to be written below."""
+
+    def close(self) -> None:
+        """Take the drawing away."""
+
+
+class Progress:
+    """The listener: takes events from any thread, draws at most 10 times a second on the thread it was made on.
+
+    Parameters
+    ----------
+    state : RunState
+        What the events are added to.
+    renderer : Renderer
+        What draws it.
+    """
+
+    def __init__(self, state: RunState, renderer: Renderer) -> None:
+        self.state = state
+        self._renderer = renderer
+        self._lock = threading.Lock()
+        self._thread = threading.get_ident()
+        self._allowance = float(BURST)
+        self._at = time.perf_counter()
+        renderer.draw(state)
+
+    def __call__(self, event: Event) -> None:
+        """Add one event; draw if it is time and this is the thread that may."""
+        with self._lock:
+            self.state.apply(event)
+        if threading.get_ident() != self._thread:
+            return
+        now = time.perf_counter()
+        self._allowance = min(BURST, self._allowance + (now - self._at) * DRAWS_PER_SECOND)
+        self._at = now
+        if self._allowance >= 1:
+            self._allowance -= 1
+            self._draw()
+
+    def before_text(self) -> None:
+        """Make room: text is about to be written below."""
+        self._renderer.before_text()
+
+    def finish(self, ended: Ended) -> None:
+        """Draw the last state: it is always drawn."""
+        self.state.ended = ended
+        self._draw()
+        if not self.state.layers:  # it failed before there was anything to show
+            self._renderer.close()
+
+    def totals(self) -> tuple[LayerTotals, ...]:
+        """Return what each layer has done so far."""
+        with self._lock:
+            return tuple(layer.totals() for layer in self.state.layers)
+
+    def _draw(self) -> None:
+        with self._lock:
+            self._renderer.draw(self.state)

@@ -1,0 +1,94 @@
+"""Three ways to draw a run: widgets in a notebook, tqdm in a terminal, and not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ipywidgets
+from IPython.display import display
+from tqdm import tqdm
+
+from airllm_nb.notebook import strip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from airllm_nb.notebook.progress import Renderer, RunState
+
+
+class LayerDisplay(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no types
+    """A box whose text form is short and always the same, for viewers without widgets and for nbval."""
+
+    def __repr__(self) -> str:
+        return "<airllm_nb: layers at work>"
+
+
+class WidgetRenderer:
+    """One HTML widget whose value is replaced; nothing else is sent."""
+
+    def __init__(self) -> None:
+        self._picture = ipywidgets.HTML()
+        self._box = LayerDisplay([ipywidgets.HTML(strip.STYLE), self._picture])
+        self._shown = False
+
+    def draw(self, state: RunState) -> None:
+        """Replace the picture; the first time, show it."""
+        self._picture.value = strip.render(state)
+        if not self._shown:
+            self._shown = True
+            display(self._box)
+
+    def before_text(self) -> None:
+        """Do nothing: text is written below the widget."""
+
+    def close(self) -> None:
+        """Remove the widgets from the notebook and from memory."""
+        for widget in (*self._box.children, self._box):
+            widget.close()
+
+
+class TextRenderer:
+    """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; it goes away when text begins."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._text_began = False
+
+    def draw(self, state: RunState) -> None:
+        """Move the bar; it is made when there is something to count."""
+        if state.ended:
+            self.close()
+        elif state.layers and not self._text_began:
+            if self._bar is None:
+                # Redrawing is paced by Progress; `disable=None` keeps it out of files and pipes.
+                self._bar = tqdm(total=100, bar_format="{desc} |{bar:30}|", leave=False, disable=None, mininterval=0)
+            done = state.fraction if state.kind == "load" else state.pass_fraction
+            self._bar.n = round(done * 100)
+            self._bar.set_description_str(strip.headline(state))
+
+    def before_text(self) -> None:
+        """Take the bar away: a terminal has one line for both."""
+        self._text_began = True
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class SilentRenderer:
+    """Draws nothing."""
+
+    def draw(self, state: RunState) -> None:
+        """Do nothing."""
+
+    def before_text(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+KINDS: dict[str, Callable[[], Renderer]] = {"widget": WidgetRenderer, "text": TextRenderer, "silent": SilentRenderer}

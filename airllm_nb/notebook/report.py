@@ -1,0 +1,41 @@
+"""What `%airllm load`, `status` and `devices` print: plain text that reads well and can be compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from airllm_nb.engine.memory import format_size
+
+if TYPE_CHECKING:
+    from airllm_nb import LayeredModel
+    from airllm_nb.engine.devices import DeviceInfo
+
+
+def one_line(model: LayeredModel) -> str:
+    """Say what is loaded: ``SmolLM2-135M-Instruct · 30 layers, all resident · cpu · float32 · 538 MB``."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.name} · {layers(model)} · {model.device} · {dtype} · {format_size(model.plan.total_nbytes)}"
+
+
+def layers(model: LayeredModel) -> str:
+    """Say how many layers there are, and which of them stay."""
+    count = len(model.layers)
+    stay = sum(layer.resident for layer in model.layers)
+    if stay == count:
+        return f"{count} layers, all resident"
+    return f"{count} layers, all streamed" if not stay else f"{count} layers, {stay} resident, {count - stay} streamed"
+
+
+def status(model: LayeredModel) -> str:
+    """Describe the loaded model, where it computes and why, and what stays in memory."""
+    context = f"{model.context_length} tokens" if model.context_length else "no fixed length"
+    return f"{model.plan}\ncontext   {context}"
+
+
+def devices(infos: tuple[DeviceInfo, ...]) -> str:
+    """List the devices, and for each one that cannot be used the reason."""
+    name = max(len(info.name) for info in infos) + 2
+    label = max(len(info.label) for info in infos) + 2
+    return "\n".join(
+        f"{'✓' if info.usable else '✗'} {info.name:{name}}{info.label:{label}}{info.reason}" for info in infos
+    )

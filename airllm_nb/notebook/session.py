@@ -1,0 +1,175 @@
+"""The loaded model and how it was loaded: one at a time, and one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from airllm_nb.errors import AirLLMError
+from airllm_nb.notebook.imports import import_engine
+from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
+from airllm_nb.notebook.summary import Answer, Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from airllm_nb import LayeredModel
+
+
+class SessionError(AirLLMError):
+    """No model is loaded, or the one that is loaded is busy."""
+
+
+def write_stdout(text: str) -> None:
+    """Write to the cell's (or the terminal's) output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Session:
+    """Holds at most one model, and runs it.
+
+    Parameters
+    ----------
+    new_renderer : callable
+        Returns what draws the next load or run.
+    write : callable, optional
+        Takes each piece of generated text; it goes to stdout unless told otherwise.
+
+    Attributes
+    ----------
+    answer : Answer or None
+        The last run's answer.
+    """
+
+    def __init__(self, new_renderer: Callable[[], Renderer], write: Callable[[str], object] = write_stdout) -> None:
+        self.answer: Answer | None = None
+        self._new_renderer = new_renderer
+        self._write = write
+        self._model: LayeredModel | None = None
+        self._busy = threading.Lock()
+
+    @property
+    def model(self) -> LayeredModel:
+        """The loaded model; raises `SessionError` if there is none."""
+        if self._model is None:
+            raise SessionError("No model is loaded.", "Load one first, for example: %airllm load demo")
+        return self._model
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model."""
+        return self._model is not None
+
+    def load(self, model: str, **options: Any) -> LayeredModel:
+        """Free the model that is loaded, then load another; if that fails, none is loaded.
+
+        Parameters
+        ----------
+        model : str
+            Hub id, local folder, or ``"demo"``.
+        **options
+            What `LayeredModel.from_pretrained` takes.
+
+        Raises
+        ------
+        AirLLMError
+            If the model cannot be loaded; the message says why.
+        Interrupted
+            If the user interrupts.
+        """
+        with self._alone():
+            self._free()
+            import_engine()
+            from airllm_nb import LayeredModel
+
+            progress = Progress(RunState(model), self._new_renderer())
+            ended: Ended = "failed"
+            try:
+                with _quiet():
+                    loaded = LayeredModel.from_pretrained(model, progress=progress, **options)
+                loaded.progress = None
+                self._model = loaded
+                ended = "done"
+            except KeyboardInterrupt:
+                ended = "interrupted"
+                raise Interrupted("stopped while loading; no model is loaded") from None
+            finally:
+                progress.finish(ended)
+            return loaded
+
+    def ask(self, prompt: str, *, system: str | None = None, raw: bool = False, **sampling: Any) -> Answer:
+        """Run the model on a prompt, and write the text as it comes.
+
+        Parameters
+        ----------
+        prompt : str
+            What the user says; goes through the tokenizer's chat template where it has one.
+        system : str, optional
+            A system prompt for the chat template.
+        raw : bool
+            Give the prompt to the model as it is, without chat template.
+        **sampling
+            See `airllm_nb.notebook.generation.Sampling`.
+
+        Raises
+        ------
+        AirLLMError
+            If no model is loaded, or the prompt or an option makes no sense.
+        Interrupted
+            If the user interrupts; its `answer` holds the text so far.
+        """
+        with self._alone():
+            model = self.model
+            from airllm_nb.notebook import generation
+
+            how = generation.Sampling(**sampling)
+            try:
+                with _quiet():
+                    inputs = generation.encode(model, prompt, system, raw=raw)
+                    self.answer = generation.generate(model, inputs, how, self._new_renderer(), self._write)
+            except Interrupted as stop:
+                self.answer = stop.answer
+                raise
+            return self.answer
+
+    def unload(self) -> None:
+        """Free the model; nothing happens if there is none."""
+        with self._alone():
+            self._free()
+
+    def _free(self) -> None:
+        if self._model is not None:
+            model, self._model = self._model, None
+            model.close()
+            del model
+            gc.collect()  # modules and their hooks refer to each other
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+        finally:
+            self._busy.release()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from writing advice to its developers' users on stderr, below the answer."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

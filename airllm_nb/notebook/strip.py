@@ -1,0 +1,133 @@
+"""The picture of a run as HTML: one cell per layer, a bar, and a line of words. Pure functions of a `RunState`."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from airllm_nb.engine.memory import format_size
+
+if TYPE_CHECKING:
+    from airllm_nb.notebook.progress import LayerState, Phase, RunState
+
+GLYPHS: dict[Phase, str] = {
+    "waiting": "·",
+    "reading": "↓",
+    "ready": "○",
+    "resident": "■",
+    "computing": "▸",
+    "done": "✓",
+}
+"""A glyph beside every colour: neither a colour-blind reader nor a grey print loses anything."""
+
+WORDS: dict[Phase, str] = {
+    "waiting": "on disk",
+    "reading": "being read",
+    "ready": "read ahead",
+    "resident": "in memory",
+    "computing": "computing",
+    "done": "done",
+}
+
+# Colours come from JupyterLab's theme where it defines them. The fallbacks can be read on light and on dark: filled
+# cells bring their own text colour, and the others take the page's.
+STYLE = """<style>
+.airllm { font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; line-height: 1.5;
+  max-width: 960px; padding: 6px 0 8px; font-variant-numeric: tabular-nums; }
+.airllm-top, .airllm-key { display: flex; flex-wrap: wrap; column-gap: 1em; align-items: baseline; }
+.airllm-top b { font-weight: 600; }
+.airllm-top span { margin-left: auto; opacity: .75; }
+.airllm progress { display: block; width: 100%; height: 6px; margin: 3px 0 7px;
+  accent-color: var(--jp-brand-color1, #1976d2); }
+.airllm-strip { display: grid; grid-template-columns: repeat(auto-fill, 24px); gap: 3px; }
+.airllm-strip i, .airllm-key i { font-style: normal; display: inline-block; box-sizing: border-box; width: 24px;
+  height: 24px; line-height: 22px; text-align: center; border: 1px solid transparent; border-radius: 3px;
+  cursor: default; }
+.airllm-key { margin-top: 7px; font-size: 12px; opacity: .85; }
+.airllm-key i { width: 18px; height: 18px; line-height: 16px; margin-right: 4px; font-size: 11px; }
+.airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
+.airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
+.airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); line-height: 20px; }
+.airllm .resident { background: rgba(128, 128, 128, .28); }
+.airllm .computing { background: var(--jp-brand-color1, #1976d2); color: var(--jp-ui-inverse-font-color0, #fff);
+  font-weight: 700; }
+.airllm .done { background: var(--jp-success-color0, #1b5e20); color: var(--jp-ui-inverse-font-color0, #fff); }
+</style>"""
+
+
+def render(state: RunState) -> str:
+    """Draw the whole picture."""
+    percent = round(state.fraction * 100, 1)
+    words = f"<b>{escape(headline(state))}</b><span>{escape(state.model)}</span>"
+    return (
+        f'<div class="airllm"><div class="airllm-top">{words}</div>'
+        f'<progress max="100" value="{percent}">{percent:.0f}%</progress>'
+        f'<div class="airllm-strip">{"".join(map(_cell, state.layers))}</div>{_key(state)}</div>'
+    )
+
+
+def headline(state: RunState) -> str:
+    """Say in one line what is going on: ``token 7/40 · layer 12/30 · model.layers.11 · 3.1 tok/s``."""
+    if state.kind == "opening":
+        return "opening" if state.ended is None else state.ended
+    if state.ended:
+        return _ended(state)
+    if state.kind == "load":
+        wanted = sum(layer.info.resident for layer in state.layers)
+        return f"loading · layer {state.loaded_layers}/{wanted} · {format_size(state.loaded_nbytes)}"
+    layer = state.layers[state.layer].info
+    where = f"layer {state.layer + 1}/{len(state.layers)} · {layer.name}"
+    if state.kind == "prefill":
+        return f"prompt of {_count(state.prompt_tokens, 'token')} · {where}"
+    rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens_per_second else ""
+    return f"token {state.tokens + 1}/{state.tokens_wanted} · {where}{rate}"
+
+
+def _ended(state: RunState) -> str:
+    word = "" if state.ended == "done" else f"{state.ended} · "
+    if state.kind == "load":
+        wanted = sum(layer.info.resident for layer in state.layers)
+        layers = f"{state.loaded_layers}/{wanted}" if word else str(wanted)
+        return f"{word}{layers} layers in memory · {format_size(state.loaded_nbytes)} · {state.seconds:.1f} s"
+    rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens else ""
+    return f"{word}{_count(state.tokens, 'token')} · {state.seconds:.1f} s{rate}"
+
+
+def _cell(layer: LayerState) -> str:
+    phase = layer.phase
+    return f'<i class="{phase}" title="{escape(_hover(layer, phase))}">{GLYPHS[phase]}</i>'
+
+
+def _hover(layer: LayerState, phase: Phase) -> str:
+    info = layer.info
+    kind = "stays in memory" if info.resident else "streams"
+    lines = f"{info.name} · {format_size(info.nbytes)}\n{WORDS[phase]} · {kind}"
+    if layer.passes:
+        lines += f"\ncomputed {layer.passes} times, {layer.compute_seconds / layer.passes * 1e3:.1f} ms each"
+    read = layer.disk_nbytes + layer.cache_nbytes
+    if read:
+        waited = f", waited {layer.waited_seconds * 1e3:.0f} ms" if layer.waited_seconds else ""
+        lines += f"\nread {format_size(read)} in {layer.read_seconds * 1e3:.0f} ms{waited}"
+    return lines
+
+
+def _key(state: RunState) -> str:
+    """Explain the glyphs that can occur: always the same ones during a run, so that nothing jumps."""
+    if not state.layers:
+        return ""
+    resident = any(layer.info.resident for layer in state.layers)
+    streams = any(not layer.info.resident for layer in state.layers)
+    phases: list[Phase] = ["waiting"] if streams or state.kind == "load" else []
+    phases += ["reading"] if streams or state.kind == "load" else []
+    phases += ["ready"] if streams and state.kind != "load" else []
+    phases += ["resident"] if resident else []
+    phases += ["computing", "done"] if state.kind != "load" else []
+    return (
+        '<div class="airllm-key">'
+        + "".join(f'<span><i class="{phase}">{GLYPHS[phase]}</i>{WORDS[phase]}</span>' for phase in phases)
+        + "</div>"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

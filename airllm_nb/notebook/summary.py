@@ -1,0 +1,101 @@
+"""What is left of a run when it is over: the text, how it ended, and where each layer's time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Stopped = Literal["end", "length", "stop", "interrupted"]
+"""Why a text ended: the model ended it, `max_new_tokens` was reached, a stop string came, or the user stopped it."""
+
+REPR_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class LayerTotals:
+    """What one layer did in a run.
+
+    Attributes
+    ----------
+    index, name, nbytes, resident
+        The layer, as in `airllm_nb.events.LayerInfo`.
+    passes : int
+        How often it computed.
+    disk_nbytes, cache_nbytes : int
+        Bytes read for it from the disk, and from the operating system's page cache.
+    read_seconds, waited_seconds, compute_seconds : float
+        Time to read its weights, time the computation stood still for them, time it computed.
+    """
+
+    index: int
+    name: str
+    nbytes: int
+    resident: bool
+    passes: int
+    disk_nbytes: int
+    cache_nbytes: int
+    read_seconds: float
+    waited_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """The result of one run; ``str(answer)`` is its text.
+
+    Attributes
+    ----------
+    text : str
+        The text as it was shown, without special tokens and without the stop string.
+    token_ids : tuple of int
+        All generated ids, an end token or stop string included.
+    prompt_tokens : int
+        Length of the prompt in tokens, its chat template included.
+    seconds : float
+        From the call of ``generate`` to its end.
+    stopped : {"end", "length", "stop", "interrupted"}
+        The model ended the text, `max_new_tokens` was reached, a stop string came, or the user stopped it.
+    layers : tuple of LayerTotals
+        What every layer did.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    seconds: float
+    stopped: Stopped
+    layers: tuple[LayerTotals, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the whole time, the prompt's pass included."""
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:  # without times: a notebook that shows it gives the same output every time
+        text = self.text if len(self.text) <= REPR_CHARACTERS else self.text[:REPR_CHARACTERS] + "…"
+        return f"Answer({text!r}, tokens={len(self.token_ids)}, stopped={self.stopped!r})"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user pressed stop: a `KeyboardInterrupt` that is shown as one line.
+
+    It is raised rather than swallowed so that loops end, and "Run all" does not go on as if nothing had happened.
+
+    Parameters
+    ----------
+    message : str
+        What was stopped, and what is left of it.
+    answer : Answer, optional
+        What was generated so far.
+    """
+
+    def __init__(self, message: str, answer: Answer | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: the lines that are shown in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]

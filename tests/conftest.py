@@ -1,0 +1,38 @@
+"""What all tests share: no network, one thread per worker, tiny checkpoints made once."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run beside each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Return a function that gives the folder of a tiny checkpoint of a kind. Read only: copy it before you hurt it."""
+    from tiny import make_checkpoint
+
+    made = {}
+
+    def get(kind="llama", **options):
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp(kind), kind, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path):
+    """Return a function that gives a copy of a tiny checkpoint, to be hurt."""
+    import shutil
+
+    def get(kind="llama", **options):
+        return Path(shutil.copytree(checkpoint(kind, **options), tmp_path / "damaged"))
+
+    return get

