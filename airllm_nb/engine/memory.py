@@ -13,6 +13,7 @@ from airllm_nb.errors import MemoryBudgetError
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
@@ -80,7 +81,7 @@ def available(device: torch.device) -> tuple[int, str]:
 def _cgroups() -> list[tuple[Path, Path, Path, str]]:
     """Return (limit, usage, stat, name of the file pages in stat) of each memory cgroup from this process's up to the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux
         return []
     found = []

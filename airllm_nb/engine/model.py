@@ -352,8 +352,8 @@ def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: tor
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
-        with runtime.forward_pass(0 if ids is None else ids.shape[1], _past_length(kwargs.get("past_key_values"))):
-            return base.forward(self, *args, **kwargs)
+        tokens = 0 if ids is None else ids.shape[1]
+        return runtime.run(lambda: base.forward(self, *args, **kwargs), tokens, _past_length(kwargs.get("past_key_values")))
 
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
         moved, number, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001  # as nn.Module.to reads its arguments

@@ -6,11 +6,10 @@ that fits needs none of them: its layers have no hooks at all, unless someone li
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +17,8 @@ from airllm_nb.engine.skeleton import Layer
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, PassBegin, PassEnd, Source
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -73,15 +74,14 @@ class Runtime:
         while self._handles:
             self._handles.pop().remove()
 
-    @contextlib.contextmanager
-    def forward_pass(self, tokens: int, past: int) -> Iterator[None]:
-        """Bracket one forward pass over `tokens` new positions after `past` cached ones.
+    def run(self, call: Callable[[], T], tokens: int, past: int) -> T:
+        """Run one forward pass, `call`, over `tokens` new positions after `past` cached ones.
 
         Whatever happens inside, no layer keeps weights that are not its own and no buffer is lost. The clean-up stands in
         ``finally``, since a forward hook does not run when the user interrupts the layer; and should a second interrupt hit the
         clean-up itself, the next pass begins with it.
         """
-        with self.lock, torch.no_grad():
+        with self.lock:
             if self.closed:
                 raise AirLLMError("This model was unloaded.", "Load it again.")
             if not self._clean:
@@ -91,8 +91,10 @@ class Runtime:
             begin = time.perf_counter()
             try:
                 self.emit(PassBegin(index, tokens, "decode" if past else "prefill"))
-                yield
+                with torch.no_grad():
+                    result = call()
                 completed = True
+                return result
             finally:
                 if not completed:
                     self._clean_up()

@@ -2,17 +2,26 @@
 
 The order is a hint. After the last layer comes the first one of the next token; a layer may also be skipped, repeated or called
 out of order, and is then read on demand.
+
+The computing thread is the one that an interrupt can hit between any two bytecodes. It therefore never waits in a
+``threading.Condition`` (an interrupt in its ``wait`` can lose the lock), every change of state is a single assignment, and locks
+are plain ones, which ``with`` takes and releases in one step.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from airllm_nb.engine.slots import Slot
 from airllm_nb.errors import AirLLMError
 
-Fill = Callable[[int, Slot], None]
+State = tuple[Literal["free", "reading", "ready", "used"], int]
+"""What a slot is doing, and with which layer."""
+
+FREE: State = ("free", -1)
 
 
 class WeightStream:
@@ -28,20 +37,20 @@ class WeightStream:
         Reads a layer into a slot. Runs on the reading thread; what it raises is raised by `take`.
     """
 
-    def __init__(self, sizes: dict[int, int], slots: Sequence[Slot], fill: Fill) -> None:
+    def __init__(self, sizes: dict[int, int], slots: Sequence[Slot], fill: Callable[[int, Slot], None]) -> None:
         self._sizes = sizes
         self._order = list(sizes)
         self._successor = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
         self._fill = fill
-        self._free = list(slots)
-        self._ready: dict[int, Slot] = {}
-        self._used: dict[int, Slot] = {}
-        self._reading: int | None = None
-        self._wanted: int | None = None
-        self._next: int | None = self._order[0]
-        self._failed: dict[int, BaseException] = {}
+        self._slots = list(slots)
+        self._states: list[State] = [FREE] * len(slots)
+        self._wanted: int | None = None  # what the computation waits for
+        self._next: int | None = self._order[0]  # where reading ahead goes on; None: nowhere, until the next `take`
+        self._failed: tuple[int, BaseException] | None = None
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._work: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the reading thread
+        self._arrival: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the computing thread
         self._thread = threading.Thread(target=self._run, name="airllm_nb-read-ahead", daemon=True)
         self._thread.start()
 
@@ -53,104 +62,109 @@ class WeightStream:
         AirLLMError
             If reading it failed. The next `take` tries again.
         """
-        with self._changed:
-            self._require_open()
-            self._failed.pop(index, None)
-            if index not in self._ready:
-                self._wanted = index
+        with self._lock:
+            self._failed = None
+            self._wanted = index
             self._next = self._successor[index]
-            self._changed.notify_all()
-            while index not in self._ready:
-                if index in self._failed:
-                    self._wanted = self._next = None  # read nothing more until the next `take`
-                    raise self._failed.pop(index)
-                self._changed.wait()
-                self._require_open()
-            self._wanted = None
-            slot = self._used[index] = self._ready.pop(index)
-        slot.begin_use()
-        return slot
+        self._work.put(None)
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise AirLLMError("The model was unloaded while it was computing.", "Load it again.")
+                if self._failed is not None and self._failed[0] == index:
+                    self._wanted = self._next = None
+                    raise self._failed[1]
+                number = self._slot_of("ready", index)
+                if number is not None:
+                    self._states[number] = ("used", index)
+                    self._wanted = None
+                    break
+                arrival = self._arrival = queue.SimpleQueue()
+            arrival.get()
+        self._slots[number].begin_use()
+        return self._slots[number]
 
     def give_back(self, index: int) -> None:
         """Say that the layer has computed: its slot may be filled again. Does nothing for a layer that is not out."""
-        with self._changed:
-            slot = self._used.pop(index, None)
-            if slot is not None:
-                slot.end_use()
-                self._free.append(slot)
-                self._changed.notify_all()
+        with self._lock:
+            number = self._slot_of("used", index)
+            if number is None:
+                return
+            self._slots[number].end_use()
+            self._states[number] = FREE
+        self._work.put(None)
 
     def reset(self) -> None:
         """Take back every slot, after a pass that was interrupted or failed."""
-        for index in list(self._used):
-            self.give_back(index)
-        with self._changed:
+        for state, index in list(self._states):
+            if state == "used":
+                self.give_back(index)
+        with self._lock:
             self._wanted = None
-            self._next = self._order[0]
-            self._changed.notify_all()
+            if self._failed is None:
+                self._next = self._order[0]
+        self._work.put(None)
 
     def close(self) -> None:
         """Stop the thread and let the slots' memory go."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._work.put(None)
+        self._arrival.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._free.clear()
-        self._ready.clear()
-        self._used.clear()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise AirLLMError("The model was unloaded.", "Load it again.")
+        self._slots.clear()
+        self._states.clear()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and (job := self._job()) is None:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                assert job is not None
-                index, slot = job
-                self._free.remove(slot)
-                self._reading = index
+        while not self._closed:
+            with self._lock:
+                job = self._job()
+                if job is not None:
+                    index, number = job
+                    self._states[number] = ("reading", index)
+            if job is None:
+                self._work.get()
+                continue
             failure: BaseException | None = None
             try:
-                self._fill(index, slot)
-                slot.upload()
+                self._fill(index, self._slots[number])
+                self._slots[number].upload()
             except BaseException as error:  # noqa: BLE001  # it is raised again where the layer is waited for
                 failure = error
-            with self._changed:
-                self._reading = None
-                if failure is None:
-                    self._ready[index] = slot
-                else:
-                    self._free.append(slot)
-                    self._failed[index] = failure
-                self._changed.notify_all()
+            with self._lock:
+                self._states[number] = ("ready", index) if failure is None else FREE
+                if failure is not None:
+                    self._failed = (index, failure)
+                self._arrival.put(None)
 
-    def _job(self) -> tuple[int, Slot] | None:
-        """Choose what to read now: first what is waited for, then the layers that come next."""
+    def _job(self) -> tuple[int, int] | None:
+        """Choose which layer to read now and into which slot: first what is waited for, then the layers that come next."""
         wanted = self._wanted
-        if wanted is not None and wanted not in self._ready and wanted not in self._failed:
-            slot = self._fitting(wanted)
-            while slot is None and self._ready:  # read ahead in vain: the order was not as predicted
-                self._free.append(self._ready.pop(next(reversed(self._ready))))
-                slot = self._fitting(wanted)
-            return None if slot is None else (wanted, slot)
+        if self._failed is not None:  # wait for the next `take`, which tries again
+            return None
+        if wanted is not None and self._slot_of("ready", wanted) is None:
+            number = self._fitting(wanted)
+            while number is None and (ready := [n for n, (state, _) in enumerate(self._states) if state == "ready"]):
+                self._states[ready[0]] = FREE  # read ahead in vain: the order was not as predicted
+                number = self._fitting(wanted)
+            return None if number is None else (wanted, number)
+        held = {index for state, index in self._states if state != "free"}
         index = self._next
-        for _ in self._order:
-            if index is None or index in self._failed or index == wanted:
-                return None
-            if index not in self._ready and index not in self._used:
-                slot = self._fitting(index)
-                return None if slot is None else (index, slot)
+        while index is not None and index in held:
             index = self._successor[index]
-        return None
+            if index == self._next:  # all are held
+                return None
+        number = None if index is None else self._fitting(index)
+        return None if index is None or number is None else (index, number)
 
-    def _fitting(self, index: int) -> Slot | None:
+    def _slot_of(self, state: str, index: int) -> int | None:
+        return next((number for number, held in enumerate(self._states) if held == (state, index)), None)
+
+    def _fitting(self, index: int) -> int | None:
         """Return the smallest free slot that a layer fits into."""
-        fitting = [slot for slot in self._free if slot.nbytes >= self._sizes[index]]
-        return min(fitting, key=lambda slot: slot.nbytes, default=None)
-
+        free = [
+            number
+            for number, slot in enumerate(self._slots)
+            if self._states[number] == FREE and slot.nbytes >= self._sizes[index]
+        ]
+        return min(free, key=lambda number: self._slots[number].nbytes, default=None)

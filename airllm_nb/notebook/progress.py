@@ -118,6 +118,13 @@ class RunState:
         """Take one event into account."""
         self._apply[type(event)](event)
 
+    def end(self, ended: Ended) -> None:
+        """Close the account: what was read ahead will not be used."""
+        self.ended = ended
+        for layer in self.layers:
+            if layer.weights != "resident":
+                layer.weights = "waiting"
+
     @property
     def tokens_per_second(self) -> float:
         """Rate of the decoding passes while it runs, of the whole run when it is over; 0.0 before it is known."""
@@ -251,7 +258,8 @@ class Progress:
 
     def finish(self, ended: Ended) -> None:
         """Draw the last state: it is always drawn."""
-        self.state.ended = ended
+        with self._lock:
+            self.state.end(ended)
         self._draw()
         if not self.state.layers:  # it failed before there was anything to show
             self._renderer.close()

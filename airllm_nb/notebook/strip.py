@@ -15,7 +15,7 @@ GLYPHS: dict[Phase, str] = {
     "reading": "↓",
     "ready": "○",
     "resident": "■",
-    "computing": "▸",
+    "computing": "►",
     "done": "✓",
 }
 """A glyph beside every colour: neither a colour-blind reader nor a grey print loses anything."""
@@ -29,6 +29,9 @@ WORDS: dict[Phase, str] = {
     "done": "done",
 }
 
+MOST_COLUMNS = 34
+LEAST_COLUMNS = 24  # a few layers do not become a few broad bars
+
 # Colours come from JupyterLab's theme where it defines them. The fallbacks can be read on light and on dark: filled
 # cells bring their own text colour, and the others take the page's.
 STYLE = """<style>
@@ -37,17 +40,18 @@ STYLE = """<style>
 .airllm-top, .airllm-key { display: flex; flex-wrap: wrap; column-gap: 1em; align-items: baseline; }
 .airllm-top b { font-weight: 600; }
 .airllm-top span { margin-left: auto; opacity: .75; }
-.airllm progress { display: block; width: 100%; height: 6px; margin: 3px 0 7px;
+.airllm progress { display: block; width: 100%; height: 8px; margin: 3px 0 7px;
   accent-color: var(--jp-brand-color1, #1976d2); }
-.airllm-strip { display: grid; grid-template-columns: repeat(auto-fill, 24px); gap: 3px; }
-.airllm-strip i, .airllm-key i { font-style: normal; display: inline-block; box-sizing: border-box; width: 24px;
-  height: 24px; line-height: 22px; text-align: center; border: 1px solid transparent; border-radius: 3px;
-  cursor: default; }
-.airllm-key { margin-top: 7px; font-size: 12px; opacity: .85; }
-.airllm-key i { width: 18px; height: 18px; line-height: 16px; margin-right: 4px; font-size: 11px; }
+.airllm-strip { display: grid; gap: 3px; grid-auto-rows: 24px;
+  grid-template-columns: repeat(auto-fill, minmax(max(24px, 100% / var(--columns) - 3px), 1fr)); }
+.airllm i { font-style: normal; display: flex; justify-content: center; align-items: center; box-sizing: border-box;
+  border: 1px solid transparent; border-radius: 3px; cursor: default; }
+.airllm-key { margin-top: 7px; font-size: 12px; }
+.airllm-key span { display: flex; align-items: center; }
+.airllm-key i { width: 18px; height: 18px; margin-right: 5px; }
 .airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
 .airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
-.airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); line-height: 20px; }
+.airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); }
 .airllm .resident { background: rgba(128, 128, 128, .28); }
 .airllm .computing { background: var(--jp-brand-color1, #1976d2); color: var(--jp-ui-inverse-font-color0, #fff);
   font-weight: 700; }
@@ -58,11 +62,12 @@ STYLE = """<style>
 def render(state: RunState) -> str:
     """Draw the whole picture."""
     percent = round(state.fraction * 100, 1)
-    words = f"<b>{escape(headline(state))}</b><span>{escape(state.model)}</span>"
+    cells = "".join(map(_cell, state.layers))
     return (
-        f'<div class="airllm"><div class="airllm-top">{words}</div>'
+        f'<div class="airllm"><div class="airllm-top"><b>{escape(headline(state))}</b>'
+        f"<span>{escape(state.model)}</span></div>"
         f'<progress max="100" value="{percent}">{percent:.0f}%</progress>'
-        f'<div class="airllm-strip">{"".join(map(_cell, state.layers))}</div>{_key(state)}</div>'
+        f'<div class="airllm-strip" style="--columns: {_columns(len(state.layers))}">{cells}</div>{_key(state)}</div>'
     )
 
 
@@ -91,6 +96,12 @@ def _ended(state: RunState) -> str:
         return f"{word}{layers} layers in memory · {format_size(state.loaded_nbytes)} · {state.seconds:.1f} s"
     rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens else ""
     return f"{word}{_count(state.tokens, 'token')} · {state.seconds:.1f} s{rate}"
+
+
+def _columns(layers: int) -> int:
+    """Return how many cells go into a row, at most, so that full-width rows are equally long."""
+    rows = -(-layers // MOST_COLUMNS)
+    return max(LEAST_COLUMNS, -(-layers // max(rows, 1)))
 
 
 def _cell(layer: LayerState) -> str:

@@ -279,11 +279,19 @@ def test_pickles_are_refused_and_never_requested(machine, tmp_path):
 
 
 def test_an_index_cannot_name_anything_else(machine, tmp_path):
-    values = ["1", '"../x.safetensors"', '"*.safetensors"', '"pytorch_model.bin"', '"model-3.safetensors"']
+    values = [
+        "1",
+        '"../x.safetensors"',
+        '"sub/x.safetensors"',
+        '"*.safetensors"',
+        '"pytorch_model.bin"',
+        '"model-3.safetensors"',
+    ]
     texts = ["{", "[]", "{}", '{"weight_map": {}}', *(f'{{"weight_map": {{"x": {value}}}}}' for value in values)]
     for number, text in enumerate(texts):
-        (folder := tmp_path / str(number)).mkdir()
-        for file in ("config.json", "pytorch_model.bin", *SHARDS):
+        folder = tmp_path / str(number)
+        (folder / "sub").mkdir(parents=True)
+        for file in ("config.json", "pytorch_model.bin", "sub/x.safetensors", *SHARDS):
             (folder / file).write_text("{}")
         (folder / INDEX).write_text(text)
         machine.hub.add(f"org/{number}", folder)
@@ -373,6 +381,14 @@ def test_disk_trouble(machine, single):
     assert "disk is full" in xet["cause"]
     assert "/cache" in access["cause"]
     assert "connection" in network["cause"]
+
+
+def test_a_partial_snapshot_is_not_taken_for_the_whole(machine, single):
+    """Old versions of huggingface_hub return what is there when the hub fails between two calls."""
+    machine.hub.add("org/name", single)
+    partial = "whole = hub.snapshot_download\nhub.snapshot_download = lambda *a, **k: whole(*a, **k | {'allow_patterns': 'c*'})"
+    (done,) = machine.run(("exec", partial), ("locate", "org/name"))
+    assert "not complete" in done["cause"]
 
 
 def test_a_bug_keeps_its_traceback(machine, single):

@@ -1,0 +1,88 @@
+import os
+import threading
+
+import pytest
+
+from airllm_nb.engine import reader as reader_module
+from airllm_nb.engine.checkpoint import FileState
+from airllm_nb.engine.reader import CHUNK, Reader
+from airllm_nb.errors import CheckpointError
+
+
+class Files:
+    def __init__(self, *paths):
+        self.states = {path: FileState.of(path.stat()) for path in paths}
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(2 * CHUNK + 12345))
+    return path
+
+
+def read(reader, path, offset, size, **options):
+    into = bytearray(size)
+    missed = reader.read(path, offset, memoryview(into), **({"keep_cached": True} | options))
+    return bytes(into), missed
+
+
+@pytest.mark.parametrize("nowait", [True, False], ids=["page cache asked", "page cache unknown"])
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (3, CHUNK), (CHUNK - 1, CHUNK + 2), (12345, 2 * CHUNK), (7, 0)])
+def test_the_bytes_of_the_file(data, monkeypatch, offset, size, nowait):
+    if not nowait:
+        monkeypatch.setattr(reader_module, "_NOWAIT", None)
+    reader = Reader(Files(data))
+    assert read(reader, data, offset, size)[0] == data.read_bytes()[offset : offset + size]
+    reader.close()
+
+
+def test_a_system_without_positional_reads(data, monkeypatch):
+    monkeypatch.setattr(reader_module, "_NOWAIT", None)
+    monkeypatch.delattr(os, "preadv")
+    reader = Reader(Files(data))
+    assert read(reader, data, 5, CHUNK)[0] == data.read_bytes()[5 : 5 + CHUNK]
+    reader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what the page cache holds")
+def test_tells_disk_from_page_cache_and_drops_what_it_brought_in(data):
+    reader = Reader(Files(data))
+    size = data.stat().st_size
+    with data.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    missed = read(reader, data, 0, size)[1]
+    if missed == 0:
+        pytest.skip("this file system never leaves the page cache")
+    assert read(reader, data, 0, size)[1] == 0  # kept
+    with data.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert read(reader, data, 0, size, keep_cached=False)[1] > size / 2
+    assert read(reader, data, 0, size, keep_cached=False)[1] > size / 2  # dropped
+    reader.close()
+
+
+def test_many_threads(data):
+    reader = Reader(Files(data))
+    content = data.read_bytes()
+    wrong = []
+
+    def check(offset):
+        if read(reader, data, offset, 100_000)[0] != content[offset : offset + 100_000]:
+            wrong.append(offset)
+
+    threads = [threading.Thread(target=check, args=(offset,)) for offset in range(0, CHUNK, CHUNK // 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    reader.close()
+
+
+def test_an_error_of_the_disk_is_named(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match="Reading folder failed: Is a directory"):
+        read(Reader(Files(folder)), folder, 0, 1)
