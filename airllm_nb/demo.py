@@ -111,8 +111,10 @@ def _hub_cache() -> Path | None:
 
 
 def _from_hub(say: Say) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
     say("Looking for the demo model on the Hugging Face Hub")
     _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS))
     say("Downloading the demo model from the Hugging Face Hub (269 MB)")
@@ -236,11 +238,12 @@ def _size(folder: Path) -> int:
 
 
 def _pip_reason(output: str) -> str:
-    """Return the line of pip's output that tells most: a broken connection, else the last error, else the last line."""
+    """Return the part of pip's output that tells most: a broken connection, else the last error, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["pip failed without a word"]
-    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return _brief((broken or errors or lines)[-1])
+    broken = [line.partition("connection broken by ")[2].rpartition(": ")[0] for line in lines if "broken by " in line]
+    # "Exception:" stands above a traceback, which ends with the reason.
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and line[-1] != ":"]
+    return _brief((broken or errors or lines)[-1].strip("'"))
 
 
 def _brief(reason: object) -> str:

@@ -149,6 +149,16 @@ class RunState:
         """How much of the present pass is done, from 0 to 1."""
         return sum(layer.work == "done" for layer in self.layers) / len(self.layers)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the computation stands still, or is about to: the next layer is not in memory yet."""
+        following = self.layer + 1
+        return (
+            following < len(self.layers)
+            and self.layers[self.layer].work == "done"
+            and self.layers[following].weights in ("waiting", "reading")
+        )
+
     def _load_begin(self, event: LoadBegin) -> None:
         self.kind = "load"
         self.model = event.model
@@ -243,8 +253,8 @@ class Progress:
         """Add one event; draw if it is time and this is the thread that may."""
         with self._lock:
             self.state.apply(event)
-        if threading.get_ident() != self._thread:
-            return
+        if threading.get_ident() != self._thread or (type(event) is ComputeEnd and not self.state.waits):
+            return  # a layer's end is worth a picture if nothing follows at once
         now = time.perf_counter()
         self._allowance = min(BURST, self._allowance + (now - self._at) * DRAWS_PER_SECOND)
         self._at = now

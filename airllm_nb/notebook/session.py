@@ -83,12 +83,12 @@ class Session:
         """
         with self._alone():
             self._free()
-            import_engine()
-            from airllm_nb import LayeredModel
-
             progress = Progress(RunState(model), self._new_renderer())
             ended: Ended = "failed"
             try:
+                import_engine()
+                from airllm_nb import LayeredModel
+
                 with _quiet():
                     loaded = LayeredModel.from_pretrained(model, progress=progress, **options)
                 loaded.progress = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from html import escape
 from typing import TYPE_CHECKING
 
-from airllm_nb.engine.memory import format_size
-
 if TYPE_CHECKING:
+    from airllm_nb.events import LayerInfo
     from airllm_nb.notebook.progress import LayerState, Phase, RunState
 
 GLYPHS: dict[Phase, str] = {
@@ -49,9 +49,10 @@ STYLE = """<style>
 .airllm-key { margin-top: 7px; font-size: 12px; }
 .airllm-key span { display: flex; align-items: center; }
 .airllm-key i { width: 18px; height: 18px; margin-right: 5px; }
+.airllm .streams { border-style: dashed; border-color: currentColor; }
 .airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
 .airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
-.airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); }
+.airllm .ready { border: 2px dashed var(--jp-warn-color1, #f57c00); }
 .airllm .resident { background: rgba(128, 128, 128, .28); }
 .airllm .computing { background: var(--jp-brand-color1, #1976d2); color: var(--jp-ui-inverse-font-color0, #fff);
   font-weight: 700; }
@@ -79,9 +80,10 @@ def headline(state: RunState) -> str:
         return _ended(state)
     if state.kind == "load":
         wanted = sum(layer.info.resident for layer in state.layers)
-        return f"loading · layer {state.loaded_layers}/{wanted} · {format_size(state.loaded_nbytes)}"
-    layer = state.layers[state.layer].info
-    where = f"layer {state.layer + 1}/{len(state.layers)} · {layer.name}"
+        return f"loading · layer {state.loaded_layers}/{wanted} · {_size(state.loaded_nbytes)}"
+    number = state.layer + 1 + state.waits
+    wait = "waiting for " if state.waits else ""
+    where = f"{wait}layer {number}/{len(state.layers)} · {state.layers[number - 1].info.name}"
     if state.kind == "prefill":
         return f"prompt of {_count(state.prompt_tokens, 'token')} · {where}"
     rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens_per_second else ""
@@ -93,7 +95,7 @@ def _ended(state: RunState) -> str:
     if state.kind == "load":
         wanted = sum(layer.info.resident for layer in state.layers)
         layers = f"{state.loaded_layers}/{wanted}" if word else str(wanted)
-        return f"{word}{layers} layers in memory · {format_size(state.loaded_nbytes)} · {state.seconds:.1f} s"
+        return f"{word}{layers} layers in memory · {_size(state.loaded_nbytes)} · {state.seconds:.1f} s"
     rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens else ""
     return f"{word}{_count(state.tokens, 'token')} · {state.seconds:.1f} s{rate}"
 
@@ -106,20 +108,18 @@ def _columns(layers: int) -> int:
 
 def _cell(layer: LayerState) -> str:
     phase = layer.phase
-    return f'<i class="{phase}" title="{escape(_hover(layer, phase))}">{GLYPHS[phase]}</i>'
-
-
-def _hover(layer: LayerState, phase: Phase) -> str:
-    info = layer.info
-    kind = "stays in memory" if info.resident else "streams"
-    lines = f"{info.name} · {format_size(info.nbytes)}\n{WORDS[phase]} · {kind}"
+    title = _about(layer.info)
     if layer.passes:
-        lines += f"\ncomputed {layer.passes} times, {layer.compute_seconds / layer.passes * 1e3:.1f} ms each"
-    read = layer.disk_nbytes + layer.cache_nbytes
-    if read:
-        waited = f", waited {layer.waited_seconds * 1e3:.0f} ms" if layer.waited_seconds else ""
-        lines += f"\nread {format_size(read)} in {layer.read_seconds * 1e3:.0f} ms{waited}"
-    return lines
+        title += f"\ncomputed {layer.passes} times, {layer.compute_seconds / layer.passes * 1e3:.1f} ms each"
+    if layer.read_seconds:
+        title += f"\nread in {layer.read_seconds * 1e3:.0f} ms, waited for {layer.waited_seconds * 1e3:.0f} ms"
+    streams = "" if layer.info.resident else " streams"
+    return f'<i class="{phase}{streams}" title="{title}">{GLYPHS[phase]}</i>'
+
+
+@functools.lru_cache(maxsize=4096)
+def _about(info: LayerInfo) -> str:
+    return escape(f"{info.name} · {_size(info.nbytes)} · {'stays in memory' if info.resident else 'streams'}")
 
 
 def _key(state: RunState) -> str:
@@ -138,6 +138,12 @@ def _key(state: RunState) -> str:
         + "".join(f'<span><i class="{phase}">{GLYPHS[phase]}</i>{WORDS[phase]}</span>' for phase in phases)
         + "</div>"
     )
+
+
+def _size(nbytes: int) -> str:
+    from airllm_nb.engine.memory import format_size  # with torch, which is there when there are sizes to show
+
+    return format_size(nbytes)
 
 
 def _count(number: int, noun: str) -> str:
