@@ -48,7 +48,13 @@ CHAT_TEMPLATE = (
 
 
 def make_checkpoint(
-    folder: Path, kind: str = "llama", *, dtype: torch.dtype = torch.bfloat16, shards: str = "100KB", tokenizer: bool = False, **changes
+    folder: Path,
+    kind: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: str = "100KB",
+    tokenizer: bool = False,
+    **changes,
 ) -> Path:
     """Write a checkpoint of one of CONFIGS, with `changes` to its config.json; sharded unless `shards` is large."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,9 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> N
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": "</s>", "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, "chat_template": chat_template,
+        "pad_token": "</s>",
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if value}))
 

@@ -43,13 +43,13 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedError(
-                f"The model {model_type!r} is not in {versions.installed_text()}: it brings its own code, which is not run unasked.",
+                f"{versions.installed_text()} has no model {model_type!r}: it brings its own code, which is not run unasked.",
                 "If you trust its authors, pass trust_remote_code=True (--trust-remote-code).",
             ) from error
         if model_type is None or model_type not in transformers.CONFIG_MAPPING:
             raise UnsupportedError(
                 f"{versions.installed_text()} does not know the architecture {model_type!r}.",
-                'Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.',
+                "Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.",
             ) from error
         raise UnsupportedError(
             f"{versions.installed_text()} cannot read this model's config.json: {_first_line(error)}",
@@ -82,7 +82,8 @@ def _refuse_wrong(raw: dict[str, Any]) -> None:
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
     if kind == "yarn" and versions.installed() < YARN_EXACT:
         raise UnsupportedError(
-            f"{versions.installed_text()} would silently compute this model's yarn rotary embedding wrongly.", versions.upgrade("4.51")
+            f"{versions.installed_text()} would silently compute this model's yarn rotary embedding wrongly.",
+            versions.upgrade("4.51"),
         )
 
 

@@ -166,7 +166,7 @@ def _read_header(path: Path) -> tuple[bytes, FileState]:
             state = FileState.of(os.fstat(file.fileno()))
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(MAX_HEADER, state.size - 8):  # noqa: PLR2004  # the format's 8 bytes
+            if len(start) < 8 or length > min(MAX_HEADER, state.size - 8):  # the format's 8 bytes  # noqa: PLR2004  # the format's 8 bytes
                 raise CheckpointError(f"{path.name} is truncated, or no safetensors file: its header does not fit.", AGAIN)
             return start + file.read(length), state
     except FileNotFoundError as error:

@@ -30,7 +30,12 @@ class DeviceInfo:
 
 def devices() -> tuple[DeviceInfo, ...]:
     """Return the CPU and every kind of accelerator that PyTorch knows, usable or not."""
-    return (DeviceInfo("cpu", f"CPU ({torch.get_num_threads()} threads)", usable=True, reason="always there"), *_cuda(), _mps(), _xpu())
+    return (
+        DeviceInfo("cpu", f"CPU ({torch.get_num_threads()} threads)", usable=True, reason="always there"),
+        *_cuda(),
+        _mps(),
+        _xpu(),
+    )
 
 
 def _cuda() -> list[DeviceInfo]:
@@ -50,7 +55,7 @@ def _cuda_reason() -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is in the exception too
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.get_device_properties(0)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().split(". ")[0].split("\n")[0].rstrip(".")
@@ -66,7 +71,7 @@ def _mps() -> DeviceInfo:
 
 
 def _xpu() -> DeviceInfo:
-    if not hasattr(torch, "xpu") or not torch.xpu._is_compiled():  # noqa: SLF001  # has no public form
+    if not hasattr(torch, "xpu") or not torch.xpu._is_compiled():  # has no public form  # noqa: SLF001  # has no public form
         return DeviceInfo("xpu", "Intel GPU", usable=False, reason="this PyTorch is built without XPU")
     usable = torch.xpu.is_available()
     return DeviceInfo("xpu", "Intel GPU", usable=usable, reason="ready" if usable else "no Intel GPU driver found")
@@ -96,7 +101,7 @@ def select_device(wanted: str | torch.device) -> tuple[torch.device, str]:
     known = (*cuda, _mps(), _xpu())
     kind, _, number = name.partition(":")
     matching = [info for info in known if info.name.partition(":")[0] == kind]
-    if not matching or number and not number.isdigit():
+    if not matching or (number and not number.isdigit()):
         raise DeviceError(f"There is no device {name!r}.", 'Use "auto", "cpu", "cuda", "cuda:0", "mps" or "xpu".')
     if not matching[0].usable:
         raise DeviceError(f"{kind.upper()} cannot be used here: {matching[0].reason}.", 'Use device="cpu", or "auto".')

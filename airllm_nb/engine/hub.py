@@ -126,9 +126,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
             "Name the folder that holds config.json and the .safetensors files, or a model of the hub as org/name.",
         )
     if not isinstance(model, str) or path.is_absolute() or text.startswith((".", "~")) or text.count(os.sep) > 1:
-        raise CheckpointError(
-            f'There is no folder "{text}".', "Check the path, or name a model of the hub as org/name."
-        )
+        raise CheckpointError(f'There is no folder "{text}".', "Check the path, or name a model of the hub as org/name.")
     return None
 
 
@@ -154,9 +152,7 @@ def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bo
 def _download(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
     """Download the files at the top of a repository that `patterns` name; return the snapshot's folder."""
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
-        )
+        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*"))
     except RuntimeError as error:  # hf_xet, which fetches large files, raises it for network and disk alike
         raise OSError(str(error)) from error
 
@@ -237,7 +233,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         raise explained from error
 
 
-def _explain(  # noqa: C901, PLR0912  # one flat table is easier to read than parts of it
+def _explain(  # one flat table is easier to read than parts of it  # noqa: C901, PLR0912  # one branch for each thing that can go wrong
     error: Exception, repo: str, revision: str | None
 ) -> AirLLMError | None:
     """Return the cause and the remedy, or None for what is no expected failure."""
@@ -279,8 +275,6 @@ def _explain(  # noqa: C901, PLR0912  # one flat table is easier to read than pa
         case OSError(errno=int()) if not isinstance(error, (ConnectionError, TimeoutError)):
             return None
         case _:
-            cause = (
-                f'The connection to the hub failed ({type(error).__name__}), and "{repo}" is not complete in the cache.'
-            )
+            cause = f'The connection to the hub failed ({type(error).__name__}), and "{repo}" is not complete in the cache.'
             remedy = f"Check the network {AGAIN}"
     return HubError(cause, remedy)

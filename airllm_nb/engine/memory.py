@@ -33,18 +33,19 @@ def parse_size(text: str | float) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?\s*", str(text), re.IGNORECASE)
     unit = match[2].upper() if match else None
     if match is None or unit not in UNITS or (size := int(float(match[1]) * UNITS[unit])) <= 0:
-        raise MemoryBudgetError(f"{text!r} is not a size.", 'Write a memory budget as "4GB", "800MB", a number of bytes, or "auto".')
+        raise MemoryBudgetError(
+            f"{text!r} is not a size.", 'Write a memory budget as "4GB", "800MB", a number of bytes, or "auto".'
+        )
     return size
 
 
 def format_size(nbytes: float) -> str:
     """Write a size in bytes with three significant digits: ``"538 MB"``, ``"2.20 GB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:  # noqa: PLR2004  # three digits, rounded
-            break
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while nbytes >= 999.5 and len(units) > 1:  # three digits, rounded  # noqa: PLR2004  # three digits, rounded
         nbytes /= 1000
-    else:
-        unit = "TB"
+        del units[0]
+    unit = units[0]
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:#.3g}".rstrip(".") + f" {unit}"
 
 
@@ -95,9 +96,8 @@ def _cgroups() -> list[tuple[Path, Path, Path, str]]:
             continue
         # In a container the path is the host's, and the container's own group is mounted at the root.
         group = root / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            if folder.is_relative_to(root):
-                found.append((folder / names[0], folder / names[1], folder / "memory.stat", names[2]))
+        folders = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+        found += [(folder / names[0], folder / names[1], folder / "memory.stat", names[2]) for folder in folders]
     return found
 
 

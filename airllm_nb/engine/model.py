@@ -21,7 +21,7 @@ from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError, DeviceError, PromptError
-from airllm_nb.events import LayerInfo, LayerReady, LayerRead, Listener, LoadBegin, LoadEnd, Source
+from airllm_nb.events import LayerInfo, LayerRead, LayerReady, Listener, LoadBegin, LoadEnd, Source
 
 __all__ = ["LayeredModel", "plan"]
 
@@ -169,7 +169,7 @@ class LayeredModel:
         args, kwargs = self._on_device(args), self._on_device(kwargs)
         self._check_fits(args, kwargs, kwargs.get("max_new_tokens") or 1)
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
-            kwargs["assistant_model"] = assistant._hf
+            kwargs["assistant_model"] = assistant._hf  # transformers inspects and copies it  # noqa: SLF001  # transformers inspects and copies it
         with self._runtime.lock:
             return self._hf.generate(*args, **kwargs)
 
@@ -202,7 +202,7 @@ class LayeredModel:
         self._skeleton.always.detach()
         self._reader.close()
 
-    def __enter__(self) -> LayeredModel:
+    def __enter__(self) -> LayeredModel:  # typing.Self is new in Python 3.11  # noqa: PYI034  # typing.Self is new in Python 3.11
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -289,8 +289,8 @@ class LayeredModel:
     def progress(self, listener: Listener | None) -> None:
         self._runtime.listener = listener
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """The class of the transformers model: a proxy's usual way of being taken for what it stands for."""
         return type(self._hf) if "_hf" in self.__dict__ else LayeredModel
 
@@ -331,7 +331,8 @@ class LayeredModel:
             raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
         if tokens + min(new, 1) > limit:
             raise PromptError(
-                f"The prompt has {tokens} tokens, and {self.name} has a context of {limit}.", f"Shorten it to {limit - 1} tokens or fewer."
+                f"The prompt has {tokens} tokens, and {self.name} has a context of {limit}.",
+                f"Shorten it to {limit - 1} tokens or fewer.",
             )
         if tokens + new > limit:
             raise PromptError(
@@ -343,8 +344,8 @@ class LayeredModel:
 def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: torch.dtype) -> Any:
     """Give a transformers model passes that the runtime brackets, and the device and dtype that it really has.
 
-    The class is replaced by a subclass of the same name, so that whatever transformers calls (`generate`, a pipeline, a speculative
-    decoder) goes through it. ``device`` must not be taken from the parameters, which may be on meta.
+    The class is replaced by a subclass of the same name, so that whatever transformers calls (`generate`, a pipeline, a
+    speculative decoder) goes through it. ``device`` must not be taken from the parameters, which may be on meta.
     """
     base = type(model)
 
@@ -356,7 +357,7 @@ def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: tor
         return runtime.run(lambda: base.forward(self, *args, **kwargs), tokens, _past_length(kwargs.get("past_key_values")))
 
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
-        moved, number, *_ = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001  # as nn.Module.to reads its arguments
+        moved, number, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as nn.Module.to reads its arguments  # noqa: SLF001  # as nn.Module.to reads its arguments
         if moved not in (None, device) or number not in (None, dtype):
             _refuse_move()
         return self
@@ -366,7 +367,8 @@ def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: tor
         model.get_submodule(path)._buffers[attribute] = buffer.to(device)  # noqa: SLF001
     members = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-        "forward": forward, "to": stay, "_apply": lambda *_, **__: _refuse_move(), "save_pretrained": lambda *_, **__: _refuse_save(),
+        "forward": forward, "to": stay, "_apply": lambda *_, **__: _refuse_move(),
+        "save_pretrained": lambda *_, **__: _refuse_save(),
         "device": property(lambda _: device), "dtype": property(lambda _: dtype),
     }  # fmt: skip
     model.__class__ = type(base.__name__, (base,), members)
@@ -375,11 +377,15 @@ def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: tor
 
 
 def _refuse_move() -> NoReturn:
-    raise DeviceError("A layered model stays on the device and in the dtype it was loaded with.", "Load it again with device= or dtype=.")
+    raise DeviceError(
+        "A layered model stays on the device and in the dtype it was loaded with.", "Load it again with device= or dtype=."
+    )
 
 
 def _refuse_save() -> NoReturn:
-    raise AirLLMError("A layered model is not saved: its weights are the checkpoint's own.", "Copy the folder model.path instead.")
+    raise AirLLMError(
+        "A layered model is not saved: its weights are the checkpoint's own.", "Copy the folder model.path instead."
+    )
 
 
 def _past_length(past: Any) -> int:

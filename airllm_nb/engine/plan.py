@@ -76,8 +76,7 @@ class Plan:
             f"model     {self.name}",
             f"device    {self.device}  ({device})",
             f"dtype     {dtype}  ({number})",
-            f"memory    {format_size(used)} of a budget of {format_size(self.budget)}  ({budget}); "
-            f"at least {format_size(self.least)}",
+            f"memory    {format_size(used)} of {format_size(self.budget)}  ({budget}); at least {format_size(self.least)}",
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",

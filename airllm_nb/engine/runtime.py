@@ -1,7 +1,7 @@
-"""What happens around each layer and each forward pass: weights come in and go out, events are told, an abort leaves no trace.
+"""What happens around each layer and each pass: weights come in and go out, events are told, an abort leaves no trace.
 
-A streamed layer's life in a pass has four steps, as with accelerate's hooks: fetch its weights, begin, end, release them. The model
-that fits needs none of them: its layers have no hooks at all, unless someone listens.
+A streamed layer's life in a pass has four steps, as with accelerate's hooks: fetch its weights, begin, end, release them. The
+model that fits needs none of them: its layers have no hooks at all, unless someone listens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real transformers model with its parameters on meta, its decoder layers, and what each of them needs from the checkpoint."""
+"""The real transformers model with its parameters on meta, its decoder layers, and what each needs from the checkpoint."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and not parameter.is_meta:  # one that is on meta already may be a tied one
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
         model.tie_weights()
     except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise UnsupportedError(
-            f"{versions.installed_text()} cannot build this model as a causal language model: {str(error).strip().splitlines()[0]}",
+            f"{versions.installed_text()} cannot build this as a causal language model: {str(error).strip().splitlines()[0]}",
             "Check config.json, or try  %pip install -U transformers  and restart the kernel.",
         ) from error
     finally:
@@ -148,7 +148,7 @@ def _load_generation_config(model: Any, folder: Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"generation_config.json cannot be read: {error}", "Fetch it again, or delete it.") from error
-    model.config._name_or_path = model.name_or_path = str(folder)  # noqa: SLF001  # as from_pretrained does
+    model.config._name_or_path = model.name_or_path = str(folder)  # as from_pretrained does  # noqa: SLF001  # as from_pretrained does
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
@@ -160,7 +160,7 @@ def _places(model: nn.Module) -> dict[str, Place]:
         for table, is_buffer in ((module._parameters, False), (module._buffers, True)):  # noqa: SLF001
             for attribute, tensor in table.items():
                 if tensor is not None and not (is_buffer and attribute in temporary):
-                    found[prefix + attribute] = Place(table, attribute, is_buffer)  # type: ignore[arg-type]
+                    found[prefix + attribute] = Place(table, attribute, is_buffer)
     return found
 
 
@@ -194,7 +194,7 @@ def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: 
     if unused:
         raise CheckpointError(
             f"The checkpoint holds tensors that its model has no place for: {', '.join(unused[:3])}"
-            f"{f' and {len(unused) - 3} more' if len(unused) > 3 else ''}.",  # noqa: PLR2004  # name three
+            f"{f' and {len(unused) - 3} more' if len(unused) > 3 else ''}.",  # name three  # noqa: PLR2004  # name three
             "The weights and config.json do not belong together. " + AGAIN,
         )
 
@@ -256,7 +256,7 @@ def _check_complete(owners: dict[str, list[str]], places: dict[str, Place], fold
     if missing:
         raise CheckpointError(
             f"{folder.name} lacks weights that its config.json asks for: {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}.",  # noqa: PLR2004  # name three
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}.",  # name three  # noqa: PLR2004  # name three
             AGAIN,
         )
 

@@ -56,8 +56,8 @@ class CudaSlot(Slot):
         self.stream = stream
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self._copied = torch.cuda.Event()
-        self._consumed = torch.cuda.Event()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._consumed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # The buffer's memory may still be in use by kernels that were queued before it was allocated.
         self.end_use()
 
@@ -83,6 +83,6 @@ def make_slots(sizes: list[int], device: torch.device) -> list[Slot]:
     if device.type == "cpu":
         return [Slot(size) for size in sizes]
     if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return [CudaSlot(size, device, stream) for size in sizes]
     return [BlockingSlot(size, device) for size in sizes]

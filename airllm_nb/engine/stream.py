@@ -129,7 +129,7 @@ class WeightStream:
             try:
                 self._fill(index, self._slots[number])
                 self._slots[number].upload()
-            except BaseException as error:  # noqa: BLE001  # it is raised again where the layer is waited for
+            except BaseException as error:  # it is raised again where the layer is waited for  # noqa: BLE001  # it is raised again where the layer is waited for
                 failure = error
             with self._lock:
                 self._states[number] = ("ready", index) if failure is None else FREE

@@ -19,7 +19,6 @@ ALIGN = 64  # bytes: a cache line, and the widest vector register
 SERIAL = 32_767  # elements: up to here PyTorch copies on the calling thread alone
 
 
-
 class Place(NamedTuple):
     """Where a module keeps a parameter or buffer: its own table of them, and the attribute's name."""
 
@@ -162,4 +161,4 @@ class GroupReader:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous CPU tensor's own memory, writable."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

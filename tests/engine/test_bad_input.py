@@ -102,7 +102,7 @@ def unknown_architecture(folder):
 
 def no_causal_model(folder):
     rewrite(folder / "config.json", lambda config: config.update(model_type="vit"))
-    return UnsupportedError, "cannot build this model as a causal language model"
+    return UnsupportedError, "cannot build this as a causal language model"
 
 
 def remote_code(folder):
@@ -227,7 +227,9 @@ def test_files_hurt_after_loading(damaged, hurt):
         for path in shards(folder):
             hurt(path)
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=r"(truncated|rewritten|removed) after the model was loaded.*Load the model again"):
+            with pytest.raises(
+                CheckpointError, match=r"(truncated|rewritten|removed) after the model was loaded.*Load the model again"
+            ):
                 for _ in range(3):  # what was read ahead before is still good, and may serve one layer
                     assert torch.equal(model(ids).logits, expected)
     for path, data in saved.items():

@@ -42,7 +42,9 @@ def test_auto_dtype_is_the_published_one_or_float32_and_says_why():
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_auto_dtype_follows_the_measurement(monkeypatch, faster):
-    monkeypatch.setattr(devices, "_linear_seconds", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 0.5 if faster else 3.0}[dtype])
+    monkeypatch.setattr(
+        devices, "_linear_seconds", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 0.5 if faster else 3.0}[dtype]
+    )
     dtype, reason = devices.select_dtype("auto", torch.bfloat16, CPU)
     assert dtype == (torch.bfloat16 if faster else torch.float32)
     assert ("0.50" if faster else "3.0 times") in reason

@@ -16,7 +16,9 @@ def run(folder, keep, dtype="float32"):
     memory = budgets(plan(folder, device="cpu", dtype=dtype))[keep]
     events = []
     with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory, progress=events.append) as model:
-        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=257)
+        model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=257
+        )
         return events, model.layers
 
 
@@ -27,7 +29,11 @@ def test_order(checkpoint, keep):
     one_pass = [PassBegin, *[ComputeBegin, ComputeEnd] * LAYERS, PassEnd]
     assert kinds == [LoadBegin, LoadEnd, *one_pass * 3]
     passes = [event for event in events if isinstance(event, PassBegin)]
-    assert [(event.index, event.tokens, event.kind) for event in passes] == [(0, 5, "prefill"), (1, 1, "decode"), (2, 1, "decode")]
+    assert [(event.index, event.tokens, event.kind) for event in passes] == [
+        (0, 5, "prefill"),
+        (1, 1, "decode"),
+        (2, 1, "decode"),
+    ]
     computed = [event for event in events if isinstance(event, ComputeBegin)]
     assert [event.index for event in computed] == [0, 1, 2, 3] * 3
     for event in computed:

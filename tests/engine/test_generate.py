@@ -26,22 +26,31 @@ def pair(checkpoint):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}, {"cache_implementation": "static"}, {"min_new_tokens": 12}],
+    [
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"min_new_tokens": 12},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_options_of_generate(pair, options):
     layered, resident = pair
     mask = torch.ones_like(IDS)
     options = GREEDY | options
-    assert torch.equal(layered.generate(IDS, attention_mask=mask, **options), resident.generate(IDS, attention_mask=mask, **options))
+    assert torch.equal(
+        layered.generate(IDS, attention_mask=mask, **options), resident.generate(IDS, attention_mask=mask, **options)
+    )
 
 
 def test_sampling_with_a_seed(pair):
-    layered, resident = pair
     sampled = []
     for model in pair:
         torch.manual_seed(7)
-        sampled.append(model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=True, pad_token_id=257))
+        sampled.append(
+            model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=True, pad_token_id=257)
+        )
     assert torch.equal(*sampled)
 
 
@@ -65,7 +74,7 @@ def test_layered_assistant(pair):
 
 
 def test_pipeline(pair):
-    layered, resident = pair
+    layered, _ = pair
     texts = []
     for model in pair:
         pipe = transformers.pipeline("text-generation", model=model, tokenizer=layered.tokenizer)
@@ -132,7 +141,7 @@ def test_layers_out_of_order(pair):
 
 
 def test_it_is_taken_for_the_model_it_runs(pair):
-    layered, resident = pair
+    layered, _ = pair
     assert isinstance(layered, LayeredModel)
     assert isinstance(layered, transformers.PreTrainedModel)
     assert layered.config.num_hidden_layers == 4

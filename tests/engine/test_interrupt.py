@@ -23,7 +23,7 @@ class InterruptAt:
         self.left = count
         self.thread = threading.get_ident()
 
-    def __call__(self, event):
+    def __call__(self, _event):
         if threading.get_ident() == self.thread:
             self.left -= 1
             if self.left == 0:

@@ -7,7 +7,10 @@ from airllm_nb.errors import MemoryBudgetError
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("4GB", 4_000_000_000), ("4 gb", 4_000_000_000), ("1.5GiB", 1_610_612_736), ("800M", 800_000_000), ("12k", 12_000), (7, 7), ("7B", 7), (2e9, 2_000_000_000)],
+    [
+        ("4GB", 4_000_000_000), ("4 gb", 4_000_000_000), ("1.5GiB", 1_610_612_736), ("800M", 800_000_000),
+        ("12k", 12_000), (7, 7), ("7B", 7), (2e9, 2_000_000_000),
+    ],
 )  # fmt: skip
 def test_sizes_as_people_write_them(text, nbytes):
     assert memory.parse_size(text) == nbytes
@@ -20,7 +23,8 @@ def test_what_is_no_size(text):
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (538_000_000, "538 MB"), (2_199_999_999, "2.20 GB"), (999_900_000, "1.00 GB")]
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (538_000_000, "538 MB"), (2_199_999_999, "2.20 GB"), (999.9e6, "1.00 GB")],
 )  # fmt: skip
 def test_sizes_for_people(nbytes, text):
     assert memory.format_size(nbytes) == text

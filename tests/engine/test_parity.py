@@ -41,7 +41,9 @@ def test_logits_and_tokens_are_those_of_transformers(checkpoint, kind, dtype, ke
 def test_published_dtypes_are_converted_exactly(checkpoint, dtype):
     folder = checkpoint("llama", dtype=torch.float16)
     ids = torch.arange(9)[None]
-    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=plan(folder, device="cpu", dtype=dtype).least) as model:
+    with LayeredModel.from_pretrained(
+        folder, device="cpu", dtype=dtype, memory=plan(folder, device="cpu", dtype=dtype).least
+    ) as model:
         assert torch.equal(model(ids).logits, reference(folder, dtype)(ids).logits)
 
 
@@ -62,11 +64,15 @@ def test_head_stored_beside_a_tied_embedding(damaged):
     ids = torch.arange(9)[None]
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
         tied = model(ids).logits
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"}
+    )
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
         assert torch.equal(model(ids).logits, tied)
         assert model.plan.always_nbytes < model.plan.checkpoint_nbytes  # loaded once
-    save_file(tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, folder / "model.safetensors", {"format": "pt"}
+    )
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
         assert torch.allclose(model(ids).logits, 2 * tied)
 
