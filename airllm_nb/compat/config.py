@@ -57,6 +57,13 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
         ) from error
 
 
+def text_config(config: Any) -> Any:
+    """Return the part of transformers' config that describes the language model; itself unless the model is multimodal."""
+    if hasattr(config, "get_text_config"):  # from 4.45 on
+        return config.get_text_config()
+    return getattr(config, "text_config", config)
+
+
 def attention(raw: dict[str, Any]) -> dict[str, str]:
     """Return the ``attn_implementation`` argument that the config needs to be exact, if it needs one."""
     if raw.get("attn_logit_softcapping") and versions.installed() < SOFTCAP_EXACT:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from airllm_nb.compat.config import text_config
 from airllm_nb.engine import hub
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.plan import Plan, choose, make_plan, plan, short_name
@@ -273,7 +274,7 @@ class LayeredModel:
     @property
     def context_length(self) -> int | None:
         """Most tokens that fit, prompt and answer together; None if the model sets no limit."""
-        text = self.config.get_text_config()
+        text = text_config(self.config)
         limit = getattr(text, "max_position_embeddings", None)
         scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
         if limit and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("dynamic", "linear"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from airllm_nb.compat.config import text_config
 from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
@@ -177,7 +178,7 @@ def make_plan(
 
 def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
     """Estimate the KV cache of one conversation: keys and values of each layer, KV head and token."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     heads = getattr(text, "num_attention_heads", None) or 1
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 4096) // heads

@@ -60,10 +60,9 @@ class TextRenderer:
             self.close()
         elif state.layers and not self._text_began:
             if self._bar is None:
-                # Redrawing is paced by Progress; `disable=None` keeps it out of files and pipes.
-                self._bar = tqdm(total=100, bar_format="{desc} |{bar:30}|", leave=False, disable=None, mininterval=0)
-            done = state.fraction if state.kind == "load" else state.pass_fraction
-            self._bar.n = round(done * 100)
+                # `disable=None` keeps it out of files and pipes; Progress sets the pace.
+                self._bar = tqdm(total=100, bar_format="{desc} |{bar:30}|", leave=False, disable=None, delay=1e-9)
+            self._bar.n = round(100 * (state.fraction if state.kind == "load" else state.pass_fraction))
             self._bar.set_description_str(strip.headline(state))
 
     def before_text(self) -> None:
