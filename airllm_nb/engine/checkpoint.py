@@ -79,7 +79,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.folder = folder
         self.states: dict[Path, FileState] = {}
         self._entries: dict[str, TensorEntry] = {}
-        names, index = _files(folder)
+        # Where a folder has both, transformers takes the single file.
+        names, index = _files(folder, single=(folder / SINGLE).is_file() if headers is None else SINGLE in headers)
         for name in names:
             path = folder / name
             if headers is None:
@@ -139,9 +140,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _json_object(path.read_bytes(), path.name)
 
 
-def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
     """Return the names of the safetensors files, and the index (tensor name -> file name; empty for a single file)."""
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not single:
         index = _json_object((folder / INDEX).read_bytes(), INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise CheckpointError(f"{INDEX} has no usable weight_map.", AGAIN)
@@ -150,8 +151,8 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
             if Path(name).name != name:  # "../elsewhere" or an absolute path
                 raise CheckpointError(f"{INDEX} names a file outside the checkpoint: {name!r}.", AGAIN)
         return names, index
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-    if pickles and not (folder / SINGLE).is_file():
+    pickles = [] if single else sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    if pickles:
         raise CheckpointError(
             f"{folder} holds only pickled weights ({', '.join(pickles[:2])}), and loading a pickle can run any code.",
             "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",

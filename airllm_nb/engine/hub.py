@@ -69,11 +69,12 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         return local
     repo = os.fspath(model)
     with _explained(repo, revision):
-        folder, missing = _fetch(repo, SMALL_FILES, revision, token)
+        folder, names = _fetch(repo, SMALL_FILES, revision, token)
+        missing = _absent(folder, names)
         if missing:
             # By commit, so that a push in between cannot mix two versions.
             _download(repo, missing, folder.name, token)
-        if not all((folder / name).is_file() for name in missing):
+        if _absent(folder, names):
             raise ConnectionError  # old versions then return a partial snapshot without a word
     return folder
 
@@ -104,10 +105,9 @@ def locate_headers(
         return local, None
     repo = os.fspath(model)
     with _explained(repo, revision):
-        folder, missing = _fetch(repo, PLANNING_FILES, revision, token)
-        if not missing:
+        folder, names = _fetch(repo, PLANNING_FILES, revision, token)
+        if not _absent(folder, names):
             return folder, None
-        names = _weight_files(folder)
         with ThreadPoolExecutor(8) as pool:
             headers = pool.map(lambda name: _read_header(repo, name, folder.name, token), names)
             return folder, dict(zip(names, headers, strict=True))
@@ -131,7 +131,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
 
 
 def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> tuple[Path, list[str]]:
-    """Download the files that `patterns` name; return the folder, and the weight files that are not in it yet."""
+    """Download the files that `patterns` name; return the folder, and the names of the checkpoint's weight files."""
     commit = revision
     try:
         info = HfApi().model_info(repo, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -142,11 +142,11 @@ def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bo
         # No network, an expired login or a cache that only others may write: none matters if all is there.
         if (cached := _cached(repo, commit)) is None:
             raise
-        return cached, []
-    names = _weight_files(folder)
+        return cached, _weight_files(cached)
+    names = [SINGLE] if SINGLE in listed else _weight_files(folder)
     if absent := [name for name in names if name not in listed]:
         raise CheckpointError(f'The index of "{repo}" names {absent[0]}, which the repository does not hold.', OTHER)
-    return folder, [name for name in names if not (folder / name).is_file()]
+    return folder, names
 
 
 def _download(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
@@ -163,13 +163,17 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    return folder if all((folder / name).is_file() for name in _weight_files(folder)) else None
+    return None if _absent(folder, _weight_files(folder)) else folder
+
+
+def _absent(folder: Path, names: list[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of the safetensors files that make up the checkpoint of `folder`."""
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():  # with both, transformers takes the single file
         return [SINGLE]
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))

@@ -88,9 +88,7 @@ def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -
     if raw or not tokenizer.chat_template:
         if system is not None:
             why = "is not used with --raw" if raw else f"of {model.name} does not exist"
-            raise PromptError(
-                f"A system prompt needs a chat template, which {why}.", "Write it into the prompt itself."
-            )
+            raise PromptError(f"A system prompt needs a chat template, which {why}.", "Write it into the prompt itself.")
         return dict(tokenizer(prompt, return_tensors="pt"))
     messages = [{"role": "user", "content": prompt.strip()}]
     if system is not None:
@@ -160,9 +158,7 @@ def generate(
             write("\n")
         progress.finish(ended)
     if ended == "interrupted":
-        raise Interrupted(
-            f"stopped after {len(stream.ids)} tokens; _airllm holds the text so far", answer("interrupted")
-        )
+        raise Interrupted(f"stopped after {len(stream.ids)} tokens; _airllm holds the text so far", answer("interrupted"))
     if stream.stopped:
         return answer("stop")
     return answer("end" if len(stream.ids) < wanted or stream.ids[-1] in ends else "length")

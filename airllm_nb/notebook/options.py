@@ -56,9 +56,7 @@ def _model_parser(verb: str, description: str) -> Parser:
     parser.add_argument("model", metavar="MODEL", help='hub id such as "org/name", local folder, or "demo"')
     parser.option("--device", help="auto, cpu, cuda, cuda:0, mps, xpu (%%airllm devices shows which can be used)")
     parser.option("--dtype", help="auto, float32, bfloat16, float16")
-    parser.option(
-        "--memory", metavar="SIZE", help='budget for weights, such as 4GB or 800MB; "auto" takes what is free'
-    )
+    parser.option("--memory", metavar="SIZE", help='budget for weights, such as 4GB or 800MB; "auto" takes what is free')
     parser.option("--revision", help="branch, tag or commit on the hub")
     parser.option("--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint")
     return parser
@@ -93,9 +91,7 @@ def _identifier(text: str) -> str:
 VERBS: dict[str, Parser] = {
     "load": _model_parser("load", "Load a model; the one that is loaded is freed first."),
     "unload": Parser("%airllm unload", "Free the model and its memory."),
-    "status": Parser(
-        "%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."
-    ),
+    "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
     "plan": _model_parser("plan", "Show what loading a model would mean; reads no weights."),
 }

@@ -36,6 +36,4 @@ def devices(infos: tuple[DeviceInfo, ...]) -> str:
     """List the devices, and for each one that cannot be used the reason."""
     name = max(len(info.name) for info in infos) + 2
     label = max(len(info.label) for info in infos) + 2
-    return "\n".join(
-        f"{'✓' if info.usable else '✗'} {info.name:{name}}{info.label:{label}}{info.reason}" for info in infos
-    )
+    return "\n".join(f"{'✓' if info.usable else '✗'} {info.name:{name}}{info.label:{label}}{info.reason}" for info in infos)

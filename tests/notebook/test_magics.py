@@ -1,0 +1,160 @@
+"""The magics, through a real IPython shell and the real engine."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+
+LOAD = "%airllm load {} --device cpu --dtype float32"
+
+
+def test_load_ask_status_unload(shell, chat):
+    name = chat.name
+    assert shell.run(LOAD.format(chat)) == f"{name} · 4 layers, all resident · cpu · float32 · 626 kB\n"
+    shown = shell.run("%%airllm --max-new-tokens 12 -o answer\nHello {there} $HOME")
+    answer = shell["answer"]
+    assert shown == answer.text + "\n"
+    assert shell["_airllm"] is answer
+    assert len(answer.token_ids) == 12
+    assert answer.prompt_tokens == len("<user>Hello {there} $HOME\n<assistant>")  # the prompt is not expanded
+    assert answer.stopped == "length"
+    assert [layer.passes for layer in answer.layers] == [12] * 4
+    status = shell.run("%airllm status")
+    assert name in status
+    assert "all 4 layers stay" in status
+    assert "context   4096 tokens" in status
+    assert shell.run("%airllm unload") == "The model is unloaded.\n"
+    assert shell.run("%airllm unload") == "No model was loaded.\n"
+    assert "No model is loaded" in shell.run("%airllm status")
+    assert "No model is loaded" in shell.fail("%%airllm\nHello")
+
+
+def test_streaming_layers_give_the_same_text(shell, chat):
+    from airllm_nb import plan
+
+    shell.run(LOAD.format(chat))
+    resident = shell.run("%%airllm --max-new-tokens 8\nHello")
+    least = plan(chat, device="cpu", dtype="float32").least
+    assert "4 layers, all streamed" in shell.run(f"{LOAD.format(chat)} --memory {least}")
+    assert shell.run("%%airllm --max-new-tokens 8 -o answer\nHello") == resident
+    for layer in shell["answer"].layers:
+        # Reading ahead began before the run, and goes on into a pass that never comes.
+        assert layer.disk_nbytes + layer.cache_nbytes >= 7 * layer.nbytes
+        assert layer.read_seconds > 0
+
+
+def test_devices_and_plan(shell, chat):
+    devices = shell.run("%airllm devices")
+    assert devices.startswith("✓ cpu")
+    assert "4 layers stay" in shell.run(f"%airllm plan {chat} --device cpu --dtype float32")
+    assert "No model is loaded" in shell.run("%airllm status")
+
+
+def test_help(shell):
+    assert "%airllm plan MODEL" in shell.run("%airllm")
+    assert "--trust-remote-code" in shell.run("%airllm load --help")
+    assert "--max-new-tokens" in shell.run("%%airllm --help\n-")
+    for magic in ("%airllm", "%%airllm"):
+        text = shell.ip.object_inspect(magic)["docstring"]
+        for part in ("load", "unload", "status", "devices", "plan", "--memory", "--top-p", "--stop", "-o NAME", "Examples"):
+            assert part in text
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
+        ("%airllm xyzzy", "there are load, unload, status, devices, plan."),
+        ("%airllm load", "required: MODEL"),
+        ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),
+        ("%airllm load 'x", "a quotation mark is not closed"),
+        ("%airllm status now", "unrecognized arguments: now"),
+        ("%airllm load /no/such/folder", "/no/such/folder"),
+        ("%%airllm --max-new-tokens many\nHi", "invalid int value: 'many'"),
+        ("%%airllm -o 2x\nHi", "'2x' is no name for a variable"),
+        ("%%airllm\n", "the cell body is empty"),
+        ("%%airllm\nHi", "No model is loaded."),
+    ],
+)
+def test_bad_lines_get_one_line(shell, cell, said):
+    assert said in shell.fail(cell)
+
+
+def test_bad_input_for_a_loaded_model(shell, chat, plain):
+    shell.run(LOAD.format(chat))
+    for cell, said in [
+        ("%%airllm\n \n", "There is no prompt."),
+        ("%%airllm --max-new-tokens 0\nHi", "max-new-tokens is 0."),
+        ("%%airllm --temperature -1\nHi", "The temperature is -1.0."),
+        ("%%airllm --temperature nan\nHi", "The temperature is nan."),
+        ("%%airllm --top-p 0.5\nHi", "top-p has no effect without sampling."),
+        ("%%airllm --temperature 1 --top-p 1.5\nHi", "top-p is 1.5."),
+        ("%%airllm --seed -1\nHi", "The seed is -1."),
+        ("%%airllm --stop ''\nHi", "A stop text is empty."),
+        ("%%airllm --raw --system Hello\nHi", "needs a chat template"),
+        ("%%airllm\n" + "x" * 5000, "has a context of 4096"),
+    ]:
+        assert said in shell.fail(cell)
+    shell.run("%%airllm --max-new-tokens 2\nstill usable")
+    shell.run(LOAD.format(plain))
+    assert "needs a chat template" in shell.fail("%%airllm --system Hello\nHi")
+
+
+def test_a_failed_load_leaves_no_model(shell, chat):
+    shell.run(LOAD.format(chat))
+    model = weakref.ref(shell.magics.session.model)
+    assert "--device" in shell.fail(f"%airllm load {chat} --device")
+    assert model() is not None  # a line that cannot be read changes nothing
+    assert "is not a size" in shell.fail(f"%airllm load {chat} --memory lots")
+    gc.collect()
+    assert model() is None
+    assert "No model is loaded" in shell.run("%airllm status")
+
+
+def test_defaults_are_configurable(shell, chat):
+    shell.run("%config AirLLMMagics.device = 'cpu'\n%config AirLLMMagics.dtype = 'bfloat16'")
+    assert "cpu · bfloat16" in shell.run(f"%airllm load {chat}")
+    assert "cpu · float32" in shell.run(f"%airllm load {chat} --dtype float32")
+    shell.run("%config AirLLMMagics.memory = 'lots'")
+    assert "'lots' is not a size" in shell.fail(f"%airllm load {chat}")
+
+
+def test_variables_and_quotes_in_the_line(shell, chat):
+    shell.run(f"folder = {str(chat)!r}\nwho = 'a poet of few words'\ncount = 3")
+    shell.run("%airllm load {folder} --device cpu --dtype float32")
+    shell.run('%%airllm --max-new-tokens {count} --system "You are {who}, {unknown}" -o answer\nHi')
+    expected = "<system>You are a poet of few words, {unknown}\n<user>Hi\n<assistant>"
+    assert shell["answer"].prompt_tokens == len(expected)
+    assert len(shell["answer"].token_ids) == 3
+
+
+def test_unload_ext_really_unloads(shell, chat):
+    shell.run(LOAD.format(chat))
+    model = weakref.ref(shell.magics.session.model)
+    shell.run("%unload_ext airllm_nb")
+    gc.collect()
+    assert model() is None
+    assert "not found" in shell.fail("%airllm status")
+    assert "not found" in shell.fail("%%airllm\nHello")
+    assert shell.ip.complete("%airllm lo", "%airllm lo")[1] == []
+    assert not [one for one in shell.ip.configurables if type(one).__name__ == "AirLLMMagics"]
+    shell.run("%load_ext airllm_nb")
+    shell.run(LOAD.format(chat))
+    shell.run("%reload_ext airllm_nb")
+    assert "No model is loaded" in shell.run("%airllm status")
+
+
+def test_loading_the_extension_imports_nothing_heavy():
+    code = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell()
+shell.run_line_magic("load_ext", "airllm_nb")
+shell.run_line_magic("airllm", "status")
+shell.complete("%airllm load --device ", "%airllm load --device ")
+print(sorted({"torch", "transformers", "ipywidgets"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
