@@ -14,7 +14,7 @@ import torch
 from airllm_nb.compat.config import text_config
 from airllm_nb.engine import hub
 from airllm_nb.engine.checkpoint import Checkpoint
-from airllm_nb.engine.plan import Plan, choose, make_plan, plan, short_name
+from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton, build
@@ -102,11 +102,7 @@ class LayeredModel:
         AirLLMError
             One of its kinds, with cause and remedy; nothing stays in memory then.
         """
-        name = short_name(model)
-        if model == "demo":
-            from airllm_nb import demo
-
-            name, model = short_name(demo.DEMO), demo.demo_path()
+        name, model = named(model)
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
         chosen, number, reasons = choose(checkpoint, device, dtype)

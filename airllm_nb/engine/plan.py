@@ -106,15 +106,12 @@ def plan(
     AirLLMError
         Whatever loading would raise, as far as headers can tell.
     """
-    if model == "demo":
-        from airllm_nb.demo import demo_path
-
-        model = demo_path()
+    name, model = named(model)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
     chosen, number, reasons = choose(checkpoint, device, dtype)
     skeleton = build(folder, checkpoint, number, trust_remote_code=trust_remote_code)
-    return make_plan(short_name(model), skeleton, checkpoint, chosen, number, memory, reasons)
+    return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
 
 
 def choose(
@@ -184,6 +181,15 @@ def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
     width = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 4096) // heads
     tokens = min(getattr(text, "max_position_embeddings", None) or CACHED_TOKENS, CACHED_TOKENS)
     return 2 * layers * kv_heads * width * tokens * dtype.itemsize
+
+
+def named(model: str | os.PathLike[str]) -> tuple[str, str | os.PathLike[str]]:
+    """Return a model's short name, and where it is: ``"demo"`` stands for a folder that is fetched when first needed."""
+    if model == "demo":
+        from airllm_nb import demo
+
+        return short_name(demo.DEMO), demo.demo_path()
+    return short_name(model), model
 
 
 def short_name(model: str | os.PathLike[str]) -> str:

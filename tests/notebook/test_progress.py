@@ -1,0 +1,176 @@
+"""The state that events add up to, and when and how it is drawn."""
+
+import threading
+import time
+
+import pytest
+
+from airllm_nb.events import (
+    ComputeBegin,
+    ComputeEnd,
+    LayerInfo,
+    LayerRead,
+    LayerReady,
+    LoadBegin,
+    LoadEnd,
+    PassBegin,
+    PassEnd,
+)
+from airllm_nb.notebook import strip
+from airllm_nb.notebook.progress import Progress, RunState
+from airllm_nb.notebook.renderers import SilentRenderer, WidgetRenderer
+
+MB = 1_000_000
+LAYERS = tuple(LayerInfo(index, f"model.layers.{index}", 10 * MB, resident=index % 2 == 0) for index in range(4))
+
+
+def read(state, index, seconds=0.5, source="disk"):
+    info = LAYERS[index]
+    state.apply(LayerRead(index, info.name, info.nbytes))
+    state.apply(LayerReady(index, info.name, info.nbytes, seconds, source))
+
+
+def compute(state, index, waited=0.0):
+    info = LAYERS[index]
+    source = "resident" if info.resident else "disk"
+    state.apply(ComputeBegin(index, info.name, info.nbytes, source, waited))
+    state.apply(ComputeEnd(index, info.name, info.nbytes, 0.25, source))
+
+
+def phases(state):
+    return [layer.phase for layer in state.layers]
+
+
+def test_a_load():
+    state = RunState("org/name")
+    assert strip.headline(state) == "opening"
+    state.apply(LoadBegin("name", "cpu", "float32", LAYERS))
+    assert phases(state) == ["waiting"] * 4
+    state.apply(LayerRead(0, "model.layers.0", 10 * MB))
+    assert phases(state) == ["reading", "waiting", "waiting", "waiting"]
+    read(state, 0)
+    read(state, 1)  # the read-ahead begins while the others load; it does not count
+    assert phases(state) == ["resident", "ready", "waiting", "waiting"]
+    assert state.fraction == 0.5
+    assert strip.headline(state) == "loading · layer 1/2 · 10.0 MB"
+    read(state, 2)
+    state.apply(LoadEnd(1.25, completed=True))
+    state.end("done")
+    assert phases(state) == ["resident", "waiting", "resident", "waiting"]
+    assert strip.headline(state) == "2 layers in memory · 20.0 MB · 1.2 s"
+
+
+def test_a_run():
+    state = RunState("name", LAYERS, tokens_wanted=4)
+    assert phases(state) == ["resident", "waiting", "resident", "waiting"]
+    assert strip.headline(state) == "starting"
+    state.apply(PassBegin(7, 5, "prefill", at=10.0))
+    compute(state, 0)
+    assert strip.headline(state) == "prompt of 5 tokens · waiting for layer 2/4 · model.layers.1"
+    read(state, 1)
+    assert strip.headline(state) == "prompt of 5 tokens · layer 1/4 · model.layers.0"
+    compute(state, 1, waited=0.75)
+    assert phases(state) == ["done", "done", "resident", "waiting"]
+    assert state.fraction == 0.5 / 4
+    read(state, 3)
+    compute(state, 2)
+    state.apply(LayerRead(1, "model.layers.1", 10 * MB))  # ahead, for the next pass
+    assert phases(state) == ["done", "reading", "done", "ready"]
+    compute(state, 3)
+    state.apply(PassEnd(7, 5, 2.0, completed=True, at=12.0))
+    assert state.fraction == 1 / 4
+    state.apply(PassBegin(8, 1, "decode", at=12.0))
+    assert phases(state) == ["resident", "reading", "resident", "waiting"]
+    state.apply(ComputeBegin(0, "model.layers.0", 10 * MB, "resident", 0.0))
+    assert phases(state)[0] == "computing"
+    assert strip.headline(state) == "token 2/4 · layer 1/4 · model.layers.0"
+    state.apply(PassEnd(8, 1, 0.5, completed=True, at=12.5))
+    state.apply(PassBegin(9, 1, "decode", at=12.5))
+    assert strip.headline(state) == "token 3/4 · layer 1/4 · model.layers.0 · 2.0 tok/s"
+    state.apply(PassEnd(9, 1, 0.5, completed=False, at=13.0))
+    state.end("interrupted")
+    assert strip.headline(state) == "interrupted · 2 tokens · 2.5 s · 0.8 tok/s"
+    totals = state.layers[1].totals()
+    assert (totals.passes, totals.disk_nbytes, totals.cache_nbytes) == (1, 10 * MB, 0)
+    assert (totals.read_seconds, totals.waited_seconds, totals.compute_seconds) == (0.5, 0.75, 0.25)
+
+
+class Recorder(SilentRenderer):
+    def __init__(self):
+        self.drawn = []
+
+    def draw(self, state):
+        self.drawn.append((time.perf_counter(), threading.get_ident(), state.tokens))
+
+
+def test_at_most_ten_pictures_a_second_and_always_the_last_one():
+    recorder = Recorder()
+    state = RunState("name", LAYERS, 10**6)
+    progress = Progress(state, recorder)
+    begin, passes = time.perf_counter(), 0
+    while time.perf_counter() < begin + 1.6:
+        progress(PassBegin(passes, 1, "decode"))
+        progress(PassEnd(passes, 1, 0.0, completed=True))
+        passes += 1
+    progress.finish("done")
+    times = [at for at, *_ in recorder.drawn[:-1]]
+    assert all(sum(start <= at < start + 1 for at in times) <= 11 for start in times)  # the very first one comes for free
+    assert len(times) >= 8
+    assert recorder.drawn[-1][2] == passes
+
+
+def test_a_slow_run_is_drawn_at_every_step():
+    recorder = Recorder()
+    state = RunState("name", LAYERS, 1)
+    progress = Progress(state, recorder)
+    progress(PassBegin(0, 1, "prefill"))
+    progress(ComputeBegin(0, "model.layers.0", 10 * MB, "resident", 0.0))
+    before = len(recorder.drawn)
+    progress(ComputeEnd(0, "model.layers.0", 10 * MB, 0.1, "resident"))  # and layer 1 is still on disk
+    assert len(recorder.drawn) == before + 1
+
+
+def test_events_of_other_threads_count_but_are_not_drawn_there():
+    recorder = Recorder()
+    progress = Progress(RunState("name", LAYERS, 1), recorder)
+
+    def reading():
+        for _ in range(2000):
+            progress(LayerReady(1, "model.layers.1", 1, 1.0, "cache"))
+
+    threads = [threading.Thread(target=reading) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2000):
+        progress(LayerReady(1, "model.layers.1", 1, 1.0, "disk"))
+    for thread in threads:
+        thread.join()
+    totals = progress.totals()[1]
+    assert (totals.disk_nbytes, totals.cache_nbytes, totals.read_seconds) == (2000, 8000, 10000.0)
+    assert {thread for _, thread, _ in recorder.drawn} == {threading.get_ident()}
+
+
+def test_names_are_escaped():
+    evil = '"><script>alert(1)</script>'
+    state = RunState(evil, (LayerInfo(0, evil, 1, resident=True),), 4)
+    state.apply(PassBegin(0, 1, "prefill"))
+    html = strip.render(state)
+    assert "<script" not in html
+    assert html.count("&lt;script") == 3  # the model's name, the line, the hover text
+
+
+@pytest.mark.parametrize(("layers", "columns"), [(0, 24), (4, 24), (30, 30), (48, 24), (61, 31), (80, 27), (126, 32)])
+def test_rows_are_equally_long(layers, columns):
+    infos = tuple(LayerInfo(index, "name", 1, resident=True) for index in range(layers))
+    html = strip.render(RunState("name", infos, 1))
+    assert f"--columns: {columns}" in html
+    assert html.count("<i ") - html.split("airllm-key")[-1].count("<i ") == layers
+
+
+def test_the_widget_has_a_short_constant_text(capsys):
+    renderer = WidgetRenderer()
+    renderer.draw(RunState("name", LAYERS, 1))
+    assert capsys.readouterr().out == "<airllm_nb: layers at work>\n"
+    renderer.draw(RunState("name", LAYERS, 1))
+    renderer.close()
+    assert capsys.readouterr().out == ""

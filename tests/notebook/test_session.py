@@ -1,0 +1,184 @@
+"""Asking: greedy or sampled, repeatable, within the context, and able to stop."""
+
+import threading
+
+import pytest
+import torch
+
+from airllm_nb.errors import PromptError
+from airllm_nb.notebook.renderers import SilentRenderer
+from airllm_nb.notebook.session import Session, SessionError
+from airllm_nb.notebook.summary import Interrupted
+
+
+class Written(list):
+    @property
+    def text(self):
+        return "".join(self)
+
+
+@pytest.fixture
+def written():
+    return Written()
+
+
+@pytest.fixture
+def session(written):
+    session = Session(SilentRenderer, written.append)
+    yield session
+    session.unload()
+
+
+@pytest.fixture
+def chatting(session, chat):
+    session.load(str(chat), device="cpu", dtype="float32")
+    return session
+
+
+def test_greedy_is_what_transformers_gives(chatting, chat, recwarn):
+    import transformers
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(chat, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    expected = reference.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=257)
+    answer = chatting.ask("Hello", max_new_tokens=20)
+    assert list(answer.token_ids) == expected[0, prompt["input_ids"].shape[1] :].tolist()
+    assert not [warning for warning in recwarn if "airllm" in str(warning.filename)]
+
+
+def test_nothing_of_transformers_advice_is_shown(chatting, capfd):
+    chatting.model.generation_config.temperature = 0.6  # as Llama 3 and Qwen publish it
+    chatting.model.generation_config.top_p = 0.9
+    chatting.model.generation_config.pad_token_id = None
+    chatting.ask("Hello", max_new_tokens=2)
+    chatting.ask("Hello", max_new_tokens=2, temperature=0.5, top_p=0.5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_seed_repeats_and_disturbs_nothing(chatting):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    texts = [chatting.ask("Hello", max_new_tokens=12, temperature=1.0, seed=seed).text for seed in (3, 3, 4)]
+    assert torch.equal(torch.rand(3), expected)
+    assert texts[0] == texts[1] != texts[2]
+    without = [chatting.ask("Hello", max_new_tokens=12, temperature=1.0).text for _ in range(2)]
+    assert without[0] != without[1]
+
+
+def test_stop_text_ends_the_run(chatting, written):
+    whole = chatting.ask("Hello", max_new_tokens=40).text
+    stop = whole[10:13]
+    before = whole[: whole.index(stop)]
+    written.clear()
+    answer = chatting.ask("Hello", max_new_tokens=40, stop=("never in there", stop))
+    assert answer.stopped == "stop"
+    assert answer.text == before
+    assert written.text.removesuffix("\n") == before.removesuffix("\n")
+    assert len(answer.token_ids) < 40
+
+
+def test_an_end_token_ends_the_run(chatting):
+    ids = chatting.ask("Hello", max_new_tokens=40).token_ids
+    chatting.model.generation_config.eos_token_id = [ids[8], 257]
+    answer = chatting.ask("Hello", max_new_tokens=40)
+    assert answer.token_ids == ids[: ids.index(ids[8]) + 1]
+    assert answer.stopped == "end"
+    assert chatting.ask("Hello", max_new_tokens=len(answer.token_ids)).stopped == "end"
+
+
+def test_raw_and_system(chatting):
+    assert chatting.ask("Hello", raw=True, max_new_tokens=1).prompt_tokens == 5
+    assert chatting.ask(" Hello ", max_new_tokens=1).prompt_tokens == len("<user>Hello\n<assistant>")
+    system = chatting.ask("Hello", system="Be kind", max_new_tokens=1)
+    assert system.prompt_tokens == len("<system>Be kind\n<user>Hello\n<assistant>")
+    chatting.model.tokenizer.chat_template = "{{ raise_exception('no system prompts') }}"
+    with pytest.raises(PromptError, match="no system prompts"):
+        chatting.ask("Hello", system="Be kind")
+
+
+def test_the_context_limits_the_answer_and_says_so(session, plain, written):
+    session.load(str(plain), device="cpu", dtype="float32")
+    answer = session.ask("x" * 30)
+    assert written.text.startswith("(The context of 40 tokens leaves room for 10, not 256.)\n")
+    assert len(answer.token_ids) <= 10
+    with pytest.raises(PromptError, match="40 tokens, and plain has a context of 40"):
+        session.ask("x" * 40)
+
+
+def test_one_run_at_a_time(chatting, written):
+    """A second call, from another thread, is refused with a word; the first goes on."""
+    refused = []
+
+    def second():
+        for call in (lambda: chatting.ask("Hi"), lambda: chatting.load("demo"), chatting.unload):
+            try:
+                call()
+            except SessionError as error:
+                refused.append(error)
+
+    def write(text):
+        written.append(text)
+        if len(written) == 3:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    chatting._write = write
+    answer = chatting.ask("Hello", max_new_tokens=12)
+    assert len(answer.token_ids) == 12
+    assert [error.cause for error in refused] == ["The model is busy with another run."] * 3
+    assert chatting.loaded
+
+
+def test_an_interrupt_keeps_the_text_so_far(chatting, written):
+    whole = chatting.ask("Hello", max_new_tokens=20)
+    written.clear()
+
+    def write(text):
+        written.append(text)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+
+    chatting._write, plain_write = write, chatting._write
+    with pytest.raises(Interrupted) as caught:
+        chatting.ask("Hello", max_new_tokens=20)
+    answer = caught.value.answer
+    assert chatting.answer is answer
+    assert answer.stopped == "interrupted"
+    assert 4 <= len(answer.token_ids) < 20
+    assert whole.text.startswith(answer.text)
+    assert answer.layers[0].passes >= 4
+    chatting._write = plain_write
+    assert chatting.ask("Hello", max_new_tokens=20).token_ids == whole.token_ids
+
+
+def test_an_interrupt_while_loading_leaves_no_model(session, chat):
+    class StopAtOnce(SilentRenderer):
+        def draw(self, state):
+            if state.kind == "load" and not state.ended:
+                raise KeyboardInterrupt
+
+    quiet, session._new_renderer = session._new_renderer, StopAtOnce
+    with pytest.raises(Interrupted, match="no model is loaded"):
+        session.load(str(chat), device="cpu", dtype="float32")
+    assert not session.loaded
+    session._new_renderer = quiet
+    session.load(str(chat), device="cpu", dtype="float32")
+    session.ask("Hello", max_new_tokens=2)
+
+
+def test_a_checkpoint_without_tokenizer_says_so(session, checkpoint):
+    session.load(str(checkpoint("llama")), device="cpu", dtype="float32")
+    with pytest.raises(Exception, match="no tokenizer files"):
+        session.ask("Hello")
+
+
+def test_answers_have_a_short_constant_form(chatting):
+    answer = chatting.ask("Hello", max_new_tokens=2)
+    assert str(answer) == answer.text
+    assert repr(answer) == f"Answer({answer.text!r}, tokens=2, stopped='length')"
+    assert answer.tokens_per_second > 0
