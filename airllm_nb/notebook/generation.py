@@ -158,7 +158,8 @@ def generate(
             write("\n")
         progress.finish(ended)
     if ended == "interrupted":
-        raise Interrupted(f"stopped after {len(stream.ids)} tokens; _airllm holds the text so far", answer("interrupted"))
+        where = f"after {len(stream.ids)} tokens; _airllm holds the text so far" if stream.ids else "before the first token"
+        raise Interrupted(f"stopped {where}", answer("interrupted"))
     if stream.stopped:
         return answer("stop")
     return answer("end" if len(stream.ids) < wanted or stream.ids[-1] in ends else "length")

@@ -93,7 +93,7 @@ VERBS: dict[str, Parser] = {
     "unload": Parser("%airllm unload", "Free the model and its memory."),
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
-    "plan": _model_parser("plan", "Show what loading a model would mean; reads no weights."),
+    "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
 }
 CELL = _cell_parser()
 

@@ -50,7 +50,8 @@ class Session:
         self._new_renderer = new_renderer
         self._write = write
         self._model: LayeredModel | None = None
-        self._busy = threading.Lock()
+        self._guard = threading.Lock()
+        self._owner: int | None = None  # the thread whose run it is
 
     @property
     def model(self) -> LayeredModel:
@@ -150,8 +151,12 @@ class Session:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
+        me = threading.get_ident()
+        with self._guard:
+            # A thread does one thing at a time: should an interrupt hit between here and `try`, its next run is let in.
+            if self._owner not in {None, me}:
+                raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
+            self._owner = me
         try:
             yield
         except Interrupted:
@@ -159,7 +164,7 @@ class Session:
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
         finally:
-            self._busy.release()
+            self._owner = None
 
 
 @contextlib.contextmanager
