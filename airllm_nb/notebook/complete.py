@@ -23,7 +23,7 @@ def complete(_shell: Any, event: Any) -> list[str]:
 def _candidates(before: list[str], word: str) -> list[str]:
     magic, *arguments = before
     parser = CELL
-    if magic == "%airllm":
+    if not magic.startswith("%%"):
         if not arguments:
             return list(VERBS)
         if arguments[0] not in VERBS:

@@ -69,9 +69,9 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """Return what ``generate`` takes; None unsets what the model's generation config says of sampling."""
         if not self.temperature:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         top_p = {} if self.top_p is None else {"top_p": self.top_p}
-        return {"do_sample": True, "temperature": self.temperature, **top_p}
+        return {"num_beams": 1, "do_sample": True, "temperature": self.temperature, **top_p}
 
 
 def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -
         if system is not None:
             why = "is not used with --raw" if raw else f"of {model.name} does not exist"
             raise PromptError(f"A system prompt needs a chat template, which {why}.", "Write it into the prompt itself.")
-        return dict(tokenizer(prompt, return_tensors="pt"))
+        return _tensors(tokenizer(prompt, return_tensors="pt"))
     messages = [{"role": "user", "content": prompt.strip()}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -100,7 +100,12 @@ def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -
     except jinja2.TemplateError as error:
         remedy = "Leave --system out, or use --raw." if system is not None else "Use --raw."
         raise PromptError(f"The chat template of {model.name} refuses this: {error}.", remedy) from error
-    return dict(encoded)
+    return _tensors(encoded)
+
+
+def _tensors(encoded: Any) -> dict[str, torch.Tensor]:
+    """Take what every causal model knows; some tokenizers also give token types, which ``generate`` refuses."""
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def generate(
@@ -206,7 +211,7 @@ def _pad_id(model: LayeredModel, ends: set[int]) -> int | None:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed every generator of PyTorch for the length of a block, and put their states back."""
+    """Seed PyTorch for the length of a block, and put the states of the CPU and CUDA generators back."""
     if seed is None:
         yield
         return

@@ -77,16 +77,15 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         try:
             answer = self.session.ask(cell.removesuffix("\n"), **settings)
         except Interrupted as stop:
-            self._keep(stop.answer, output)
+            if stop.answer is not None:
+                self._keep(stop.answer, output)
             raise
         self._keep(answer, output)
 
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
 
     def _load(self, arguments: argparse.Namespace) -> None:
-        model = self.session.load(
-            **self._model_options(arguments),
-        )
+        model = self.session.load(**self._model_options(arguments))
         from airllm_nb.notebook import report
 
         print(report.one_line(model))
@@ -128,7 +127,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             "trust_remote_code": arguments.trust_remote_code,
         }
 
-    def _keep(self, answer: Answer | None, name: str | None) -> None:
+    def _keep(self, answer: Answer, name: str | None) -> None:
         self.shell.user_ns["_airllm"] = answer
         if name:
             self.shell.user_ns[name] = answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,9 +29,12 @@ Phase = Literal["waiting", "reading", "ready", "resident", "computing", "done"]
 Ended = Literal["done", "interrupted", "failed"]
 """How it ended."""
 
-DRAWS_PER_SECOND = 7.0
+DRAW_INTERVAL = 1 / 6
 BURST = 3
-"""Together at most 10 draws in any second; the burst keeps the picture true when one slow layer follows another."""
+"""Seconds between draws in the long run, and how many may follow each other at once: at most 9 in any second.
+
+The burst keeps the picture true when layers are slow: the end of one and the begin of the next are drawn both.
+"""
 
 
 @dataclass
@@ -101,7 +103,7 @@ class RunState:
         self.loaded_layers = 0
         self.loaded_nbytes = 0
         self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
-        self._began_at: float | None = None
+        self._began_at = 0.0
         self._pass_at = 0.0
         self._apply: dict[type[Event], Callable[[Any], None]] = {
             LoadBegin: self._load_begin,
@@ -168,23 +170,22 @@ class RunState:
         self.seconds = event.seconds
 
     def _pass_begin(self, event: PassBegin) -> None:
-        self.kind = event.kind
         self.passes_begun += 1
         self._pass_at = event.at
-        if self._began_at is None:
+        if self.passes_begun == 1:
+            self.kind = "prefill"
             self._began_at = event.at
-        if event.kind == "prefill":
             self.prompt_tokens = event.tokens
+        else:  # also where the event says prefill: a model that runs without KV cache goes through the prompt every time
+            self.kind = "decode"
         for layer in self.layers:
             layer.work = "idle"
 
     def _pass_end(self, event: PassEnd) -> None:
-        if not event.completed or self._began_at is None:
-            return
-        self.tokens += 1
         self.seconds = event.at - self._began_at
-        if self.kind == "decode":
-            self.decode_seconds += event.at - self._pass_at
+        if event.completed:
+            self.tokens += 1
+            self.decode_seconds += event.at - self._pass_at if self.kind == "decode" else 0.0
 
     def _layer_read(self, event: LayerRead) -> None:
         self.layers[event.index].weights = "reading"
@@ -245,8 +246,7 @@ class Progress:
         self._renderer = renderer
         self._lock = threading.Lock()
         self._thread = threading.get_ident()
-        self._allowance = float(BURST)
-        self._at = time.perf_counter()
+        self._scheduled = 0.0  # when the next draw would come if they were evenly spaced
         renderer.draw(state)
 
     def __call__(self, event: Event) -> None:
@@ -255,12 +255,9 @@ class Progress:
             self.state.apply(event)
         if threading.get_ident() != self._thread or (type(event) is ComputeEnd and not self.state.waits):
             return  # a layer's end is worth a picture if nothing follows at once
-        now = time.perf_counter()
-        self._allowance = min(BURST, self._allowance + (now - self._at) * DRAWS_PER_SECOND)
-        self._at = now
-        if self._allowance >= 1:
-            self._allowance -= 1
-            self._draw()
+        if event.at >= self._scheduled - (BURST - 1) * DRAW_INTERVAL:
+            self._scheduled = max(self._scheduled, event.at) + DRAW_INTERVAL
+            self._renderer.draw(self.state)
 
     def before_text(self) -> None:
         """Make room: text is about to be written below."""
@@ -270,7 +267,7 @@ class Progress:
         """Draw the last state: it is always drawn."""
         with self._lock:
             self.state.end(ended)
-        self._draw()
+        self._renderer.draw(self.state)
         if not self.state.layers:  # it failed before there was anything to show
             self._renderer.close()
 
@@ -278,7 +275,3 @@ class Progress:
         """Return what each layer has done so far."""
         with self._lock:
             return tuple(layer.totals() for layer in self.state.layers)
-
-    def _draw(self) -> None:
-        with self._lock:
-            self._renderer.draw(self.state)

@@ -169,7 +169,7 @@ class Session:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from writing advice to its developers' users on stderr, below the answer."""
+    """Keep transformers' advice to programmers out of the cell: it would stand on stderr, in the middle of the text."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

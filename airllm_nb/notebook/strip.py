@@ -49,14 +49,14 @@ STYLE = """<style>
 .airllm-key { margin-top: 7px; font-size: 12px; }
 .airllm-key span { display: flex; align-items: center; }
 .airllm-key i { width: 18px; height: 18px; margin-right: 5px; }
-.airllm .streams { border-style: dashed; border-color: currentColor; }
 .airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
 .airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
-.airllm .ready { border: 2px dashed var(--jp-warn-color1, #f57c00); }
+.airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); }
 .airllm .resident { background: rgba(128, 128, 128, .28); }
 .airllm .computing { background: var(--jp-brand-color1, #1976d2); color: var(--jp-ui-inverse-font-color0, #fff);
   font-weight: 700; }
 .airllm .done { background: var(--jp-success-color0, #1b5e20); color: var(--jp-ui-inverse-font-color0, #fff); }
+.airllm .done.streams { background: rgba(67, 160, 71, .2); color: inherit; border-color: var(--jp-success-color1, #388e3c); }
 </style>"""
 
 
@@ -67,7 +67,7 @@ def render(state: RunState) -> str:
     return (
         f'<div class="airllm"><div class="airllm-top"><b>{escape(headline(state))}</b>'
         f"<span>{escape(state.model)}</span></div>"
-        f'<progress max="100" value="{percent}">{percent:.0f}%</progress>'
+        f'<progress aria-label="done so far" max="100" value="{percent}">{percent:.0f}%</progress>'
         f'<div class="airllm-strip" style="--columns: {_columns(len(state.layers))}">{cells}</div>{_key(state)}</div>'
     )
 

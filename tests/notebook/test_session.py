@@ -38,7 +38,7 @@ def chatting(session, chat):
 def test_greedy_is_what_transformers_gives(chatting, chat, recwarn):
     import transformers
 
-    reference = transformers.AutoModelForCausalLM.from_pretrained(chat, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(chat).float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(chat)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -56,6 +56,17 @@ def test_nothing_of_transformers_advice_is_shown(chatting, capfd):
     chatting.ask("Hello", max_new_tokens=2)
     chatting.ask("Hello", max_new_tokens=2, temperature=0.5, top_p=0.5)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_checkpoint_with_unusual_defaults(chatting):
+    expected = chatting.ask("Hello", max_new_tokens=6)
+    chatting.model.generation_config.num_beams = 3  # cannot be streamed
+    chatting.model.generation_config.use_cache = False
+    chatting.model.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    for raw in (True, False):
+        answer = chatting.ask("Hello", max_new_tokens=6, raw=raw)
+        assert len(answer.token_ids) == 6
+    assert answer.token_ids == expected.token_ids
 
 
 def test_a_seed_repeats_and_disturbs_nothing(chatting):
