@@ -2,7 +2,7 @@
 
 A listener is any ``callable(event)``. It is called synchronously, so it should be quick. The order of a run is::
 
-    LoadBegin (LayerRead LayerReady)* LoadEnd
+    Fetching* LoadBegin (LayerRead LayerReady)* LoadEnd
     (PassBegin (ComputeBegin ComputeEnd)* PassEnd)*
 
 For a layer that streams, ``LayerRead`` and ``LayerReady`` arrive from the engine's *reading thread*, ahead of the layer's
@@ -49,6 +49,13 @@ class Event:
     """Base of all events."""
 
     at: float = field(default_factory=time.perf_counter, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Fetching(Event):
+    """The model's files are being fetched or converted; `text` says how far, in words for people."""
+
+    text: str
 
 
 @dataclass(frozen=True)

@@ -33,26 +33,31 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
     UnsupportedError
         If the installed transformers does not know the architecture, or would compute it wrongly.
     """
-    import transformers
-
     versions.require_floor()
+    from transformers import CONFIG_MAPPING, AutoConfig
+
     _refuse_wrong(raw)
     model_type = raw.get("model_type")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedError(
                 f"{versions.installed_text()} has no model {model_type!r}: it brings its own code, which is not run unasked.",
                 "If you trust its authors, pass trust_remote_code=True (--trust-remote-code).",
             ) from error
-        if model_type is None or model_type not in transformers.CONFIG_MAPPING:
+        if model_type is None:
+            raise UnsupportedError(
+                "config.json does not say what kind of model this is: it has no model_type.",
+                "Name the folder of a model that transformers can load.",
+            ) from error
+        if model_type not in CONFIG_MAPPING:
             raise UnsupportedError(
                 f"{versions.installed_text()} does not know the architecture {model_type!r}.",
                 "Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.",
             ) from error
         raise UnsupportedError(
-            f"{versions.installed_text()} cannot read this model's config.json: {_first_line(error)}",
+            f"{versions.installed_text()} cannot read this model's config.json: {first_line(error)}",
             "Compare it with the model's page on the hub, or try  %pip install -U transformers.",
         ) from error
 
@@ -73,8 +78,8 @@ def attention(raw: dict[str, Any]) -> dict[str, str]:
 
 def _refuse_wrong(raw: dict[str, Any]) -> None:
     """Refuse what the installed version would compute wrongly, or what this engine cannot read."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(
             f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
             "Use the checkpoint with bfloat16, float16 or float32 weights.",
@@ -100,5 +105,7 @@ def _find(raw: dict[str, Any], key: str) -> Any:
     return raw.get(key) or (text.get(key) if isinstance(text, dict) else None)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """Return what an error of transformers says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

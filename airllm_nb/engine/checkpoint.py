@@ -46,17 +46,21 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileState:
-    """What a file must still be when it is read: size in bytes, modification time in ns, inode, device."""
+    """What a file must still be when it is read: size in bytes, times in ns, inode, device.
+
+    The time of change (of its metadata; on Windows of its creation) shows a rewrite that put the modification time back.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
     device: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> FileState:
         """Take the state from a ``stat`` result."""
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

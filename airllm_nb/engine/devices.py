@@ -91,7 +91,7 @@ def select_device(wanted: str | torch.device) -> tuple[torch.device, str]:
         If there is no such device or it cannot be used here: there is no silent fallback.
     """
     name = str(wanted).strip().lower()
-    if name == "cpu":  # touches nothing but the CPU, not even to look
+    if name in ("cpu", "cpu:0"):  # touches nothing but the CPU, not even to look
         return torch.device("cpu"), "as asked"
     cuda = _cuda()
     if name == "auto":
@@ -155,10 +155,10 @@ def _linear_seconds(dtype: torch.dtype, width: int = 2048, repeats: int = 5) -> 
 
     The weight (8 or 16 MB) is larger than a core's cache, so memory's share of the time counts as in a model.
     """
-    weight = torch.ones(width, width, dtype=dtype)
+    weight = torch.ones(width, width, dtype=dtype, device="cpu")
     total = 0.0
     for rows in (1, 32):
-        inputs = torch.ones(rows, width, dtype=dtype)
+        inputs = torch.ones(rows, width, dtype=dtype, device="cpu")
         seconds = []
         for _ in range(repeats + 1):  # the first one also prepares the kernel
             begin = time.perf_counter()

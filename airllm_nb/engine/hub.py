@@ -117,9 +117,13 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     """Return the folder that `model` names, or None if it can only be a model of the hub."""
     text = os.fspath(model)
     path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises on an unknown "~name"
-    if text and path.is_dir():
-        return path
-    if text and path.is_file():
+    try:
+        is_folder, is_file = bool(text) and path.is_dir(), bool(text) and path.is_file()
+    except OSError:  # a name that no file system takes
+        is_folder = is_file = False
+    if is_folder:
+        return path.absolute()  # the notebook may change its folder while layers stream
+    if is_file:
         kind = "GGUF files are not supported yet" if path.suffix.lower() == ".gguf" else "it is a file, not a folder"
         raise CheckpointError(
             f'"{text}" cannot be loaded: {kind}.',

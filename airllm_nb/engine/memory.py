@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -30,9 +31,12 @@ def parse_size(text: str | float) -> int:
     MemoryBudgetError
         If it is no positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?\s*", str(text), re.IGNORECASE)
-    unit = match[2].upper() if match else None
-    if match is None or unit not in UNITS or (size := int(float(match[1]) * UNITS[unit])) <= 0:
+    match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([KMGT]?I?)B?\s*", str(text), re.IGNORECASE | re.ASCII)
+    try:
+        size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError, OverflowError):  # 1.2.3, 1IB, 1e999
+        size = 0
+    if size <= 0:
         raise MemoryBudgetError(
             f"{text!r} is not a size.", 'Write a memory budget as "4GB", "800MB", a number of bytes, or "auto".'
         )
@@ -65,8 +69,9 @@ def limits() -> dict[str, int]:
             # File pages count as used but are given back on demand.
             used = (_number(usage) or 0) - _stat(stat, cache)
             left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - used, 0))
-    if os.environ.get("MEM_LIMIT", "").isdigit():  # set by JupyterHub's spawners, in bytes
-        left["JupyterHub's MEM_LIMIT"] = max(int(os.environ["MEM_LIMIT"]) - psutil.Process().memory_info().rss, 0)
+    with contextlib.suppress(MemoryBudgetError):  # set by JupyterHub's spawners, in bytes; 0 or nothing is no limit
+        limit_size = parse_size(os.environ.get("MEM_LIMIT", ""))
+        left["JupyterHub's MEM_LIMIT"] = max(limit_size - psutil.Process().memory_info().rss, 0)
     return left
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
+import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from airllm_nb.compat.config import text_config
-from airllm_nb.engine import hub
+from airllm_nb.compat import cache
+from airllm_nb.compat.config import first_line
+from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
+from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.runtime import Runtime
@@ -21,13 +23,13 @@ from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
-from airllm_nb.errors import AirLLMError, CheckpointError, DeviceError, PromptError
+from airllm_nb.errors import AirLLMError, CheckpointError
 from airllm_nb.events import LayerInfo, LayerRead, LayerReady, Listener, LoadBegin, LoadEnd, Source
 
 __all__ = ["LayeredModel", "plan"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
-OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "progress"))
+OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "_close", "progress"))
 
 
 class LayeredModel:
@@ -58,7 +60,8 @@ class LayeredModel:
         self._trust = trust_remote_code
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
-        self._hf = _make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
+        self._close = weakref.finalize(self, _release, self._runtime, skeleton.always, reader)
+        self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
 
     @classmethod
@@ -102,7 +105,7 @@ class LayeredModel:
         AirLLMError
             One of its kinds, with cause and remedy; nothing stays in memory then.
         """
-        name, model = named(model)
+        name, model = named(model, progress)
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
         chosen, number, reasons = choose(checkpoint, device, dtype)
@@ -133,12 +136,12 @@ class LayeredModel:
             runtime.emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
 
         try:
-            always = torch.empty(self._skeleton.always.nbytes, dtype=torch.uint8)
+            always = torch.empty(self._skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
             groups.fill(self._skeleton.always, always, keep_cached=True)
             self._skeleton.always.attach(always.to(plan.device))
             for layer, info in zip(self._skeleton.layers, plan.layers, strict=True):
                 if info.resident:
-                    host = torch.empty(info.nbytes, dtype=torch.uint8)
+                    host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
                     fill(info, layer.group, host)
                     layer.group.attach(host.to(plan.device))
             streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
@@ -164,16 +167,23 @@ class LayeredModel:
             If prompt and new tokens do not fit the context.
         """
         args, kwargs = self._on_device(args), self._on_device(kwargs)
-        self._check_fits(args, kwargs, kwargs.get("max_new_tokens") or 1)
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        prompt = context.count_tokens(ids)
+        self._require_fit(prompt, context.new_tokens(kwargs, self._hf.generation_config, prompt or 0))
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
             kwargs["assistant_model"] = assistant._hf  # transformers inspects and copies it  # noqa: SLF001  # transformers inspects and copies it
         with self._runtime.lock:
-            return self._hf.generate(*args, **kwargs)
+            self._runtime.keeps_cache = kwargs.get("past_key_values") is not None
+            try:
+                return self._hf.generate(*args, **kwargs)
+            finally:
+                self._runtime.keeps_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward pass; arguments and result are those of the transformers model."""
         args, kwargs = self._on_device(args), self._on_device(kwargs)
-        self._check_fits(args, kwargs, 0)
+        tokens = context.count_tokens(args[0] if args else kwargs.get("input_ids"))
+        self._require_fit(tokens and tokens + cache.length(kwargs.get("past_key_values")), 0)
         return self._hf(*args, **kwargs)
 
     forward = __call__
@@ -191,23 +201,30 @@ class LayeredModel:
 
     def eval(self) -> LayeredModel:
         """Return this model: it never trains."""
+        return self.train(mode=False)
+
+    def train(self, mode: bool = True) -> LayeredModel:
+        """Refuse to train: its weights come and go.
+
+        Raises
+        ------
+        AirLLMError
+            Unless `mode` is False.
+        """
+        if mode:
+            raise AirLLMError("A layered model does not train: its weights come and go.", "Train it with transformers itself.")
+        self._hf.train(mode=False)
         return self
 
     def close(self) -> None:
         """Free the weights and stop reading. May be called more than once."""
-        self._runtime.close()
-        self._skeleton.always.detach()
-        self._reader.close()
+        self._close()
 
     def __enter__(self) -> LayeredModel:  # typing.Self is new in Python 3.11  # noqa: PYI034  # typing.Self is new in Python 3.11
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if "_skeleton" in self.__dict__ and "_hf" in self.__dict__:
-            self.close()
 
     # What it is
 
@@ -260,9 +277,9 @@ class LayeredModel:
 
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust)
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            except Exception as error:  # whatever it is, these files are its reason
                 raise CheckpointError(
-                    f"The tokenizer cannot be read: {str(error).strip().splitlines()[0]}",
+                    f"The tokenizer cannot be read: {first_line(error)}",
                     "Install what it names, or fetch the tokenizer's files again.",
                 ) from error
         return self._tokenizer
@@ -270,12 +287,7 @@ class LayeredModel:
     @property
     def context_length(self) -> int | None:
         """Most tokens that fit, prompt and answer together; None if the model sets no limit."""
-        text = text_config(self.config)
-        limit = getattr(text, "max_position_embeddings", None)
-        scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-        if limit and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("dynamic", "linear"):
-            return int(limit * scaling.get("factor", 1))  # these stretch the context beyond what config.json says
-        return limit
+        return context.length(self.config)
 
     @property
     def progress(self) -> Listener | None:
@@ -310,6 +322,9 @@ class LayeredModel:
         stay = f"{streamed} of {len(self.layers)} layers stream" if streamed else f"{len(self.layers)} layers, all resident"
         return f"LayeredModel({self.name}: {stay}, {self.device}, {str(self.dtype).removeprefix('torch.')})"
 
+    def _require_fit(self, tokens: int | None, new: int) -> None:
+        context.require_fit(self.name, self.context_length, tokens, new)
+
     def _on_device(self, values: Any) -> Any:
         if isinstance(values, dict):
             return {key: self._on_device(value) for key, value in values.items()}
@@ -317,78 +332,9 @@ class LayeredModel:
             return tuple(self._on_device(value) for value in values)
         return values.to(self.device) if type(values) is torch.Tensor else values
 
-    def _check_fits(self, args: tuple[Any, ...], kwargs: dict[str, Any], new: int) -> None:
-        """Refuse what the model's positions cannot hold, before minutes are spent on it."""
-        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        limit = self.context_length
-        if limit is None or not isinstance(ids, torch.Tensor) or ids.dim() == 0:
-            return
-        tokens = ids.shape[-1]
-        if tokens == 0:
-            raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
-        if tokens + min(new, 1) > limit:
-            raise PromptError(
-                f"The prompt has {tokens} tokens, and {self.name} has a context of {limit}.",
-                f"Shorten it to {limit - 1} tokens or fewer.",
-            )
-        if tokens + new > limit:
-            raise PromptError(
-                f"{tokens} tokens of prompt and {new} new ones exceed {self.name}'s context of {limit}.",
-                f"Ask for at most {limit - tokens} new tokens.",
-            )
 
-
-def _make_layered(model: Any, runtime: Runtime, device: torch.device, dtype: torch.dtype) -> Any:
-    """Give a transformers model passes that the runtime brackets, and the device and dtype that it really has.
-
-    The class is replaced by a subclass of the same name, so that whatever transformers calls (`generate`, a pipeline, a
-    speculative decoder) goes through it. ``device`` must not be taken from the parameters, which may be on meta.
-    """
-    base = type(model)
-
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = args[0] if args else kwargs.get("input_ids")
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        tokens = 0 if ids is None else ids.shape[1]
-        return runtime.run(lambda: base.forward(self, *args, **kwargs), tokens, _past_length(kwargs.get("past_key_values")))
-
-    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
-        moved, number, *_ = torch._C._nn._parse_to(*args, **kwargs)  # as nn.Module.to reads its arguments  # noqa: SLF001  # as nn.Module.to reads its arguments
-        if moved not in (None, device) or number not in (None, dtype):
-            _refuse_move()
-        return self
-
-    for name, buffer in model.named_buffers():
-        path, _, attribute = name.rpartition(".")
-        model.get_submodule(path)._buffers[attribute] = buffer.to(device)  # noqa: SLF001
-    members = {
-        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-        "forward": forward, "to": stay, "_apply": lambda *_, **__: _refuse_move(),
-        "save_pretrained": lambda *_, **__: _refuse_save(),
-        "device": property(lambda _: device), "dtype": property(lambda _: dtype),
-    }  # fmt: skip
-    model.__class__ = type(base.__name__, (base,), members)
-    model.hf_device_map = {"": device}  # transformers' mark of a model that is placed already
-    return model
-
-
-def _refuse_move() -> NoReturn:
-    raise DeviceError(
-        "A layered model stays on the device and in the dtype it was loaded with.", "Load it again with device= or dtype=."
-    )
-
-
-def _refuse_save() -> NoReturn:
-    raise AirLLMError(
-        "A layered model is not saved: its weights are the checkpoint's own.", "Copy the folder model.path instead."
-    )
-
-
-def _past_length(past: Any) -> int:
-    """Return how many positions a KV cache holds, in any of the forms it has had."""
-    if past is None:
-        return 0
-    if hasattr(past, "get_seq_length"):
-        return int(past.get_seq_length())
-    return int(past[0][0].shape[-2]) if past else 0
+def _release(runtime: Runtime, always: WeightGroup, reader: Reader) -> None:
+    """Let go of everything that a model holds; runs once, when it is closed or forgotten."""
+    runtime.close()
+    always.detach()
+    reader.close()

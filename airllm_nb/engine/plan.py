@@ -13,10 +13,10 @@ from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.residency import decide
+from airllm_nb.engine.residency import decide, least_budget
 from airllm_nb.engine.skeleton import Skeleton, build
-from airllm_nb.errors import UnsupportedError
-from airllm_nb.events import LayerInfo
+from airllm_nb.errors import MemoryBudgetError, UnsupportedError
+from airllm_nb.events import Fetching, LayerInfo, Listener
 
 ACTIVATIONS = 200_000_000
 """Bytes kept free for activations and what else Python needs; the KV cache is estimated apart from it."""
@@ -147,11 +147,17 @@ def make_plan(
     """
     sizes = [layer.group.nbytes for layer in skeleton.layers]
     always = skeleton.always.nbytes
-    if budget == "auto":
+    if str(budget).strip().lower() == "auto":
         free, limit = memory.available(device)
         reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), dtype)
         allowed = max(free - reserve, 0)
         reason = f"auto: {limit} less {format_size(reserve)} for the KV cache and activations"
+        if allowed < (least := least_budget(always, sizes)):
+            raise MemoryBudgetError(
+                f"This model needs at least {format_size(least)}. The {limit} leaves {format_size(free)}, of which "
+                f"{format_size(reserve)} are kept for the KV cache and activations.",
+                f'Free memory or choose a smaller model; memory="{-(-least // 10**6)}MB" insists, at your own risk.',
+            )
     else:
         allowed, reason = memory.parse_size(budget), "as asked"
     decision = decide(always, sizes, allowed)
@@ -183,12 +189,16 @@ def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
     return 2 * layers * kv_heads * width * tokens * dtype.itemsize
 
 
-def named(model: str | os.PathLike[str]) -> tuple[str, str | os.PathLike[str]]:
+def named(model: str | os.PathLike[str], progress: Listener | None = None) -> tuple[str, str | os.PathLike[str]]:
     """Return a model's short name, and where it is: ``"demo"`` stands for a folder that is fetched when first needed."""
     if model == "demo":
         from airllm_nb import demo
 
-        return short_name(demo.DEMO), demo.demo_path()
+        def say(text: str) -> None:
+            if progress is not None:
+                progress(Fetching(text))
+
+        return short_name(demo.DEMO), demo.demo_path(on_status=say)
     return short_name(model), model
 
 

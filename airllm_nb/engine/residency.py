@@ -49,7 +49,7 @@ def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
     MemoryBudgetError
         If the budget is below the least that works.
     """
-    least = always + sum(sorted(layers)[-2:])
+    least = least_budget(always, layers)
     if budget < least:
         raise MemoryBudgetError(
             f"A budget of {format_size(budget)} is too small for this model: it needs at least {format_size(least)} "
@@ -66,6 +66,11 @@ def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
             free -= layers[index]
     streamed = sorted(size for size, stays in zip(layers, resident, strict=True) if not stays)
     return Residency(tuple(resident), tuple(streamed[-2:]), least)
+
+
+def least_budget(always: int, layers: Sequence[int]) -> int:
+    """Return the smallest budget that works: what is always resident and the two largest layers."""
+    return always + sum(sorted(layers)[-2:])
 
 
 def _spread(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from airllm_nb.compat import cache
 from airllm_nb.engine.skeleton import Layer
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.errors import AirLLMError
@@ -37,6 +38,7 @@ class Runtime:
         self.stream: WeightStream | None = None
         self.sources: dict[int, Source] = {}
         self.closed = False
+        self.keeps_cache = True
         self._layers = list(zip(layers, infos, strict=True))
         self._listener: Listener | None = None
         self._handles: list[Any] = []
@@ -74,10 +76,11 @@ class Runtime:
         while self._handles:
             self._handles.pop().remove()
 
-    def run(self, call: Callable[[], T], tokens: int, past: int) -> T:
-        """Run one forward pass, `call`, over `tokens` new positions after `past` cached ones.
+    def run(self, call: Callable[[], T], tokens: int, past: Any) -> T:
+        """Run one forward pass, `call`, over `tokens` new positions with the KV cache `past`.
 
-        Whatever happens inside, no layer keeps weights that are not its own and no buffer is lost. The clean-up stands in
+        Whatever happens inside, no layer keeps weights that are not its own, no buffer is lost, and after an abort the cache is
+        what it was (unless it is one that ``generate`` made and drops: `keeps_cache`). The clean-up stands in
         ``finally``, since a forward hook does not run when the user interrupts the layer; and should a second interrupt hit the
         clean-up itself, the next pass begins with it.
         """
@@ -89,8 +92,10 @@ class Runtime:
             self._clean = completed = False
             index, self._passes = self._passes, self._passes + 1
             begin = time.perf_counter()
+            restore = cache.snapshot(past) if self.keeps_cache else None
             try:
-                self.emit(PassBegin(index, tokens, "decode" if past else "prefill"))
+                if self._listener is not None:
+                    self.emit(PassBegin(index, tokens, "decode" if cache.length(past) else "prefill"))
                 with torch.no_grad():
                     result = call()
                 completed = True
@@ -98,6 +103,8 @@ class Runtime:
             finally:
                 if not completed:
                     self._clean_up()
+                    if restore is not None:
+                        restore()
                 self._clean = True
                 self.emit(PassEnd(index, tokens, time.perf_counter() - begin, completed))
 

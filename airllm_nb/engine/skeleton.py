@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,18 +99,25 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_rem
     return Skeleton(model, tuple(Layer(module, group(path)) for path, module in layers.items()), group(None), unused)
 
 
+_building = threading.Lock()
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Send parameters to meta as modules register them, and leave buffers real.
 
     ``torch.device("meta")`` would send buffers there too, and a rotary embedding whose ``inv_freq`` is on meta is silently wrong
-    on some versions of transformers. accelerate's ``init_empty_weights`` works the same way.
+    on some versions of transformers. accelerate's ``init_empty_weights`` works the same way. Other threads build their own
+    modules meanwhile, which must not end up on meta; and only one thread at a time may put the method in and take it out.
     """
     register = nn.Module.register_parameter
+    builder = threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # one that is on meta already may be a tied one
+        if threading.get_ident() != builder or parameter is None:
+            return
+        if not parameter.is_meta:  # one that is on meta already may be a tied one
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
@@ -125,14 +133,14 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
     argument = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
     rng = torch.random.get_rng_state()  # initialising weights that are replaced must not change the user's random numbers
     try:
-        with _parameters_on_meta():
+        with _building, _parameters_on_meta(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **argument, **attention
             )
         model.tie_weights()
     except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise UnsupportedError(
-            f"{versions.installed_text()} cannot build this as a causal language model: {str(error).strip().splitlines()[0]}",
+            f"{versions.installed_text()} cannot build this as a causal language model: {compat_config.first_line(error)}",
             "Check config.json, or try  %pip install -U transformers  and restart the kernel.",
         ) from error
     finally:
@@ -147,7 +155,7 @@ def _load_generation_config(model: Any, folder: Path) -> None:
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"generation_config.json cannot be read: {error}", "Fetch it again, or delete it.") from error
+            raise CheckpointError(f"generation_config.json cannot be read: {error}", "Correct it, or delete it.") from error
     model.config._name_or_path = model.name_or_path = str(folder)  # as from_pretrained does  # noqa: SLF001  # as from_pretrained does
 
 

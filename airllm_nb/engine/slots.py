@@ -18,7 +18,7 @@ class Slot:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         self.host = self.buffer
 
     def upload(self) -> None:
@@ -55,7 +55,7 @@ class CudaSlot(Slot):
         self.device = device
         self.stream = stream
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._consumed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # The buffer's memory may still be in use by kernels that were queued before it was allocated.

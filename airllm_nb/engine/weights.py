@@ -128,7 +128,7 @@ class GroupReader:
             tensors = {}
             for source in recipe.sources:
                 entry = self._checkpoint[source]
-                tensors[source] = torch.empty(entry.shape, dtype=dtype)
+                tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
                 missed += self._read(entry, tensors[source], keep_cached=keep_cached)
             for target, tensor in recipe.convert(tensors).items():
                 views[target].copy_(tensor)
@@ -154,7 +154,7 @@ class GroupReader:
 
     def _staging_buffer(self) -> torch.Tensor:
         if not hasattr(self._staging, "buffer"):
-            self._staging.buffer = torch.empty(CHUNK, dtype=torch.uint8)
+            self._staging.buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
         buffer: torch.Tensor = self._staging.buffer
         return buffer
 

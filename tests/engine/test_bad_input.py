@@ -206,6 +206,12 @@ def rewrite_in_place(path):
     path.write_bytes(data[:-1000] + bytes(1000))
 
 
+def rewrite_in_secret(path):
+    times = path.stat()
+    rewrite_in_place(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def replace(path):
     other = path.with_suffix(".new")
     other.write_bytes(path.read_bytes()[:-1000] + bytes(1000))
@@ -216,7 +222,7 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("hurt", [truncate, rewrite_in_place, replace, remove])
+@pytest.mark.parametrize("hurt", [truncate, rewrite_in_place, rewrite_in_secret, replace, remove])
 def test_files_hurt_after_loading(damaged, hurt):
     """Streaming from them never kills the process and never gives other weights; with the files back, a new load works."""
     folder = damaged("llama")
@@ -279,3 +285,81 @@ def test_gpt2_with_absolute_positions(tmp_path):
     folder = make_checkpoint(tmp_path / "gpt2", "gpt2", n_positions=16)
     with load(folder) as model, pytest.raises(PromptError):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_the_prompt_counts_with_its_cache_and_every_way_to_ask_for_tokens(checkpoint):
+    import transformers
+
+    with load(checkpoint()) as model:
+        ids = torch.zeros(1, 120, dtype=torch.long)
+        for options in (
+            {"max_length": 129},
+            {"generation_config": transformers.GenerationConfig(max_new_tokens=9)},
+            {"generation_config": transformers.GenerationConfig(max_length=129)},
+        ):
+            with pytest.raises(PromptError, match="at most 8 new tokens"):
+                model.generate(ids, **options)
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(PromptError, match="has 129 tokens"):
+            model(torch.zeros(1, 9, dtype=torch.long), past_key_values=cache)
+
+
+def test_an_automatic_budget_names_its_limit(checkpoint, monkeypatch):
+    monkeypatch.setenv("MEM_LIMIT", "1000")
+    with pytest.raises(MemoryBudgetError, match=r"JupyterHub's MEM_LIMIT leaves 0 B.*choose a smaller model"):
+        load(checkpoint())
+
+
+def test_the_notebook_may_change_its_folder(checkpoint, monkeypatch, tmp_path):
+    folder = checkpoint()
+    monkeypatch.chdir(folder.parent)
+    with load(f"./{folder.name}", memory=plan(folder, device="cpu", dtype="float32").least) as model:
+        expected = model(torch.arange(5)[None]).logits
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(model(torch.arange(5)[None]).logits, expected)
+
+
+def test_a_layered_model_never_trains(checkpoint):
+    with load(checkpoint("gpt2")) as model:  # has dropout
+        ids = torch.arange(5)[None]
+        expected = model(ids).logits
+        with pytest.raises(AirLLMError, match="does not train"):
+            model.train()
+        model._hf.train()  # by whoever holds the inner model
+        assert model.eval() is model
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(checkpoint, default):
+    with load(checkpoint()) as model:
+        expected = model(torch.arange(5)[None]).logits
+    torch.set_default_device(default)
+    try:
+        model = load(checkpoint(), memory=plan(checkpoint(), device="cpu", dtype="float32").least)
+    finally:
+        torch.set_default_device(None)
+    with model:
+        assert torch.equal(model(torch.arange(5)[None]).logits, expected)
+
+
+def test_other_threads_build_their_modules_as_ever(checkpoint):
+    """Loading patches torch.nn for a moment: only for its own thread, and it is undone whatever loads beside it."""
+    register = torch.nn.Module.register_parameter
+    stop, devices = threading.Event(), set()
+
+    def build():
+        while not stop.is_set():
+            devices.add(torch.nn.Linear(2, 2).weight.device.type)
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    loaders = [threading.Thread(target=lambda: [load(checkpoint()).close() for _ in range(5)]) for _ in range(3)]
+    for loader in loaders:
+        loader.start()
+    for loader in loaders:
+        loader.join()
+    stop.set()
+    builder.join()
+    assert torch.nn.Module.register_parameter is register
+    assert devices == {"cpu"}

@@ -128,7 +128,7 @@ def test_a_local_folder_is_used_as_it_is(machine, sharded):
     (machine.home / "folder").mkdir()
     calls = [("locate", str(sharded)), ("locate_headers", str(sharded)), ("locate", "~/folder"), ("locate", "folder")]
     values = [done["value"] for done in machine.run(*calls, HOME=str(machine.home))]
-    assert values == [str(sharded), [str(sharded), None], str(machine.home / "folder"), "folder"]
+    assert values == [str(sharded), [str(sharded), None], str(machine.home / "folder"), str(machine.home / "folder")]
     assert machine.hub.requests == []
 
 
