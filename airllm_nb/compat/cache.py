@@ -17,7 +17,8 @@ def length(cache: Any) -> int:
         return 0
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if cache else 0  # the tuples of old
+    keys = cache[0][0] if cache and cache[0] else None  # the tuples of old
+    return 0 if keys is None else int(keys.shape[-2])
 
 
 def snapshot(cache: Any) -> Callable[[], None]:

@@ -41,6 +41,11 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if trust_remote_code and raw.get("auto_map"):
+            raise UnsupportedError(
+                f"The code that this checkpoint brings cannot be used: {first_line(error)}",
+                "Install what it names, or ask its authors.",
+            ) from error
         if "trust_remote_code" in str(error):
             raise UnsupportedError(
                 f"{versions.installed_text()} has no model {model_type!r}: it brings its own code, which is not run unasked.",
@@ -69,9 +74,9 @@ def text_config(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
-def attention(raw: dict[str, Any]) -> dict[str, str]:
+def attention(config: Any) -> dict[str, str]:
     """Return the ``attn_implementation`` argument that the config needs to be exact, if it needs one."""
-    if raw.get("attn_logit_softcapping") and versions.installed() < SOFTCAP_EXACT:
+    if getattr(text_config(config), "attn_logit_softcapping", None) and versions.installed() < SOFTCAP_EXACT:
         return {"attn_implementation": "eager"}
     return {}
 

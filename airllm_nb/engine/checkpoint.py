@@ -168,7 +168,7 @@ def _read_header(path: Path) -> tuple[bytes, FileState]:
     """Read the length and the header of a file, and what the file is now."""
     try:
         with path.open("rb") as file:
-            state = FileState.of(os.fstat(file.fileno()))
+            state = FileState.of(path.stat())  # by name, as it is checked later
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(MAX_HEADER, state.size - 8):  # the format's 8 bytes  # noqa: PLR2004  # the format's 8 bytes
@@ -209,7 +209,7 @@ def parse_header(raw: bytes, size: int, path: Path) -> list[TensorEntry]:
             whole = False
         if not whole:
             raise CheckpointError(f"{path.name} describes tensor {name!r} in a way that makes no sense.", AGAIN)
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(
                 f"{path.name} holds {name} as {dtype}, which this engine does not know.",
                 "Use a checkpoint of this model in bfloat16, float16 or float32.",

@@ -15,8 +15,14 @@ def length(config: Any) -> int | None:
     text = text_config(config)
     limit: int | None = getattr(text, "max_position_embeddings", None)
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    if limit and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("dynamic", "linear"):
-        return int(limit * scaling.get("factor", 1))  # these stretch the context beyond what config.json says
+    if limit is None or not isinstance(scaling, dict):
+        return limit
+    # Scaling stretches the context beyond what config.json may say.
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor") or 1
+    if kind in ("dynamic", "linear"):
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int((scaling.get("original_max_position_embeddings") or limit) * factor))
     return limit
 
 

@@ -139,7 +139,7 @@ def select_dtype(wanted: str | torch.dtype, published: torch.dtype, device: torc
     own = str(published).removeprefix("torch.")
     if published not in (torch.bfloat16, torch.float16):
         return torch.float32, f"auto: the checkpoint is {own}"
-    if device.type == "cuda" and published == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and published == torch.bfloat16 and not _computes_bfloat16(device):
         return torch.float32, "auto: this GPU does not compute bfloat16"
     if device.type != "cpu":
         return published, f"auto: the checkpoint is {own}"
@@ -147,6 +147,11 @@ def select_dtype(wanted: str | torch.dtype, published: torch.dtype, device: torc
     if ratio <= 1:
         return published, f"auto: the checkpoint is {own}, which takes {ratio:.2f} of float32's time on this CPU"
     return torch.float32, f"auto: the checkpoint is {own}, which takes {ratio:.1f} times float32's time on this CPU"
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a GPU has bfloat16; PyTorch's own answer counts those that only emulate it, slowly (a T4, for one)."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8  # noqa: PLR2004  # Ampere
 
 
 @functools.cache

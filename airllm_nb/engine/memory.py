@@ -78,7 +78,8 @@ def limits() -> dict[str, int]:
 def available(device: torch.device) -> tuple[int, str]:
     """Return the bytes that weights could still use on `device`, and the name of the limit that says so."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], "free GPU memory"
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, for it to use again
+        return torch.cuda.mem_get_info(device)[0] + cached, "free GPU memory"
     left = limits()
     name = min(left, key=left.__getitem__)
     return left[name], name

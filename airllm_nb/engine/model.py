@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,12 +25,14 @@ from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError
-from airllm_nb.events import LayerInfo, LayerRead, LayerReady, Listener, LoadBegin, LoadEnd, Source
+from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, Listener, LoadBegin, LoadEnd, Source
 
 __all__ = ["LayeredModel", "plan"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
-OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "_close", "progress"))
+OWN = frozenset(
+    ("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "_streams", "_free", "progress")
+)
 
 
 class LayeredModel:
@@ -60,7 +63,9 @@ class LayeredModel:
         self._trust = trust_remote_code
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
-        self._close = weakref.finalize(self, _release, self._runtime, skeleton.always, reader)
+        groups = (skeleton.always, *(layer.group for layer in skeleton.layers))
+        self._streams: list[WeightStream] = []
+        self._free = weakref.finalize(self, _release, self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
 
@@ -127,13 +132,20 @@ class LayeredModel:
         begin, completed = time.perf_counter(), False
         runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
 
+        weak = weakref.ref(runtime)  # the reading thread must not keep a forgotten model alive, nor its listener
+        sources = runtime.sources
+
+        def emit(event: Event) -> None:
+            if (alive := weak()) is not None:
+                alive.emit(event)
+
         def fill(info: LayerInfo, group: WeightGroup, host: torch.Tensor) -> None:
             start = time.perf_counter()
-            runtime.emit(LayerRead(info.index, info.name, info.nbytes))
+            emit(LayerRead(info.index, info.name, info.nbytes))
             from_disk = groups.fill(group, host, keep_cached=info.resident)
             source: Source = "disk" if from_disk else "cache"
-            runtime.sources[info.index] = source
-            runtime.emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
+            sources[info.index] = source
+            emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
 
         try:
             always = torch.empty(self._skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
@@ -146,12 +158,14 @@ class LayeredModel:
                     layer.group.attach(host.to(plan.device))
             streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
             if streamed:
-                layers = self._skeleton.layers
+                layer_groups = [layer.group for layer in self._skeleton.layers]
 
-                def read(index: int, slot: Slot) -> None:  # must not hold `self`: the thread would keep a forgotten model alive
-                    fill(plan.layers[index], layers[index].group, slot.host)
+                def read(index: int, slot: Slot) -> None:
+                    fill(plan.layers[index], layer_groups[index], slot.host)
 
                 runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
+                self._streams.append(runtime.stream)
+                runtime.stream.start()
             completed = True
         finally:
             runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
@@ -172,6 +186,8 @@ class LayeredModel:
         self._require_fit(prompt, context.new_tokens(kwargs, self._hf.generation_config, prompt or 0))
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
             kwargs["assistant_model"] = assistant._hf  # transformers inspects and copies it  # noqa: SLF001  # transformers inspects and copies it
+        if self._streams and hasattr(self._hf.generation_config, "disable_compile"):
+            kwargs.setdefault("disable_compile", True)  # weights that come and go break the graph
         with self._runtime.lock:
             self._runtime.keeps_cache = kwargs.get("past_key_values") is not None
             try:
@@ -218,7 +234,8 @@ class LayeredModel:
 
     def close(self) -> None:
         """Free the weights and stop reading. May be called more than once."""
-        self._close()
+        self._runtime.close()
+        self._free()
 
     def __enter__(self) -> LayeredModel:  # typing.Self is new in Python 3.11  # noqa: PYI034  # typing.Self is new in Python 3.11
         return self
@@ -291,7 +308,7 @@ class LayeredModel:
 
     @property
     def progress(self) -> Listener | None:
-        """Who is told of events. Settable; without one, layers that stay have no hooks."""
+        """Who is told of events. Settable at any time; without one, layers that stay have no hooks from the next pass on."""
         return self._runtime.listener
 
     @progress.setter
@@ -309,7 +326,7 @@ class LayeredModel:
         return getattr(self._hf, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OWN:
+        if name in OWN or hasattr(LayeredModel, name):  # a property without a setter refuses
             object.__setattr__(self, name, value)
         else:
             setattr(self._hf, name, value)
@@ -333,8 +350,11 @@ class LayeredModel:
         return values.to(self.device) if type(values) is torch.Tensor else values
 
 
-def _release(runtime: Runtime, always: WeightGroup, reader: Reader) -> None:
-    """Let go of everything that a model holds; runs once, when it is closed or forgotten."""
-    runtime.close()
-    always.detach()
+def _release(streams: list[WeightStream], groups: Sequence[WeightGroup], reader: Reader) -> None:
+    """Let go of the weights, when the model is closed or forgotten. Must not reach the model, or it never would be."""
+    reader.stopped = True
+    for stream in streams:
+        stream.close()
+    for group in groups:
+        group.detach()
     reader.close()

@@ -13,10 +13,10 @@ import threading
 from pathlib import Path
 
 from airllm_nb.engine.checkpoint import Checkpoint, FileState
-from airllm_nb.errors import CheckpointError
+from airllm_nb.errors import AirLLMError, CheckpointError
 
 CHUNK = 8 << 20
-"""Bytes per system call: large enough for the disk's full rate, small enough to stop quickly."""
+"""Bytes per system call: large enough for the disk's full rate, small enough to stop quickly in between."""
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what is in the page cache
 
@@ -34,6 +34,8 @@ class Reader:
         self._states = checkpoint.states
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self.stopped = False
+        """Set it to end a read that is under way."""
 
     def read(self, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
         """Fill `into` from `offset` of a file.
@@ -63,6 +65,8 @@ class Reader:
         try:
             descriptor = self._open(path)
             while done < len(into):
+                if self.stopped:
+                    raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
                 part = into[done : done + CHUNK]
                 count = _read_cached(descriptor, part, offset + done)
                 if count == 0:

@@ -20,6 +20,7 @@ from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, PassBegin, PassEnd, Source
 
 T = TypeVar("T")
+UNLOADED = AirLLMError("This model was unloaded.", "Load it again.")
 
 
 class Runtime:
@@ -39,92 +40,88 @@ class Runtime:
         self.sources: dict[int, Source] = {}
         self.closed = False
         self.keeps_cache = True
-        self._layers = list(zip(layers, infos, strict=True))
-        self._listener: Listener | None = None
-        self._handles: list[Any] = []
+        self.listener: Listener | None = None
+        """Who is told of events; may be set at any time, also by a listener."""
+        self._streamed = [layer for layer, info in zip(layers, infos, strict=True) if not info.resident]
+        self._resident = [(layer, info) for layer, info in zip(layers, infos, strict=True) if info.resident]
+        self._telling: list[Any] = []
         self._passes = 0
-        self._clean = True
-
-    @property
-    def listener(self) -> Listener | None:
-        """Who is told of events. Hooks that only tell exist only while there is one."""
-        return self._listener
-
-    @listener.setter
-    def listener(self, listener: Listener | None) -> None:
-        with self.lock:
-            self._listener = listener
-            self.install()
+        self._running = False
+        for layer, info in zip(layers, infos, strict=True):
+            if not info.resident:
+                _hook(layer, _LayerHooks(self, layer, info))
 
     def emit(self, event: Any) -> None:
         """Tell the listener, if there is one."""
-        if self._listener is not None:
-            self._listener(event)
-
-    def install(self) -> None:
-        """Put on each layer the hooks that it needs now."""
-        self.remove()
-        for layer, info in self._layers:
-            if info.resident and self._listener is None:
-                continue
-            hooks = _LayerHooks(self, layer, info)
-            self._handles.append(layer.module.register_forward_pre_hook(hooks.before))
-            self._handles.append(layer.module.register_forward_hook(hooks.after))
-
-    def remove(self) -> None:
-        """Take all hooks off."""
-        while self._handles:
-            self._handles.pop().remove()
+        listener = self.listener
+        if listener is not None:
+            listener(event)
 
     def run(self, call: Callable[[], T], tokens: int, past: Any) -> T:
         """Run one forward pass, `call`, over `tokens` new positions with the KV cache `past`.
 
         Whatever happens inside, no layer keeps weights that are not its own, no buffer is lost, and after an abort the cache is
-        what it was (unless it is one that ``generate`` made and drops: `keeps_cache`). The clean-up stands in
-        ``finally``, since a forward hook does not run when the user interrupts the layer; and should a second interrupt hit the
-        clean-up itself, the next pass begins with it.
+        what it was (unless it is one that ``generate`` made and drops: `keeps_cache`). The clean-up stands in ``finally``, since
+        a forward hook does not run when the user interrupts the layer; and should a second interrupt hit the clean-up itself,
+        the next pass begins with it. A pass within a pass (of the model's own inner model) is part of it.
         """
         with self.lock:
+            if self._running:
+                return call()
             if self.closed:
-                raise AirLLMError("This model was unloaded.", "Load it again.")
-            if not self._clean:
-                self._clean_up()
-            self._clean = completed = False
+                raise UNLOADED
+            self.recover()
+            self._hook_resident_layers()
             index, self._passes = self._passes, self._passes + 1
-            begin = time.perf_counter()
             restore = cache.snapshot(past) if self.keeps_cache else None
+            begin = time.perf_counter()
+            completed = False
             try:
-                if self._listener is not None:
+                self._running = True
+                if self.listener is not None:
                     self.emit(PassBegin(index, tokens, "decode" if cache.length(past) else "prefill"))
                 with torch.no_grad():
                     result = call()
                 completed = True
                 return result
             finally:
+                self._running = False
                 if not completed:
-                    self._clean_up()
+                    self.recover()
                     if restore is not None:
                         restore()
-                self._clean = True
                 self.emit(PassEnd(index, tokens, time.perf_counter() - begin, completed))
 
-    def _clean_up(self) -> None:
-        for layer, info in self._layers:
-            if not info.resident:
+    def recover(self) -> None:
+        """Take back what an aborted pass has left attached, if it has."""
+        if self.stream is not None and self.stream.in_use:
+            for layer in self._streamed:
                 layer.group.detach()
-        if self.stream is not None:
             self.stream.reset()
 
+    def before_layer(self) -> None:
+        """Prepare for a streamed layer: also for one that is called on its own, outside of any pass."""
+        if self.closed:
+            raise UNLOADED
+        if not self._running:
+            self.recover()
+
     def close(self) -> None:
-        """Stop reading and let go of all weights."""
-        with self.lock:
-            self.closed = True
-            self.remove()
-            if self.stream is not None:
-                self.stream.close()
-                self.stream = None
-            for layer, _ in self._layers:
-                layer.group.detach()
+        """Stop telling and computing. Freeing the weights is up to whoever made them."""
+        self.closed = True
+        self.listener = None
+
+    def _hook_resident_layers(self) -> None:
+        if self.listener is None:
+            while self._telling:
+                self._telling.pop().remove()
+        elif not self._telling:
+            for layer, info in self._resident:
+                self._telling += _hook(layer, _LayerHooks(self, layer, info))
+
+
+def _hook(layer: Layer, hooks: _LayerHooks) -> list[Any]:
+    return [layer.module.register_forward_pre_hook(hooks.before), layer.module.register_forward_hook(hooks.after)]
 
 
 class _LayerHooks:
@@ -135,17 +132,19 @@ class _LayerHooks:
         self.layer = layer
         self.info = info
         self.began = 0.0
+        self.source: Source = "resident"
 
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
         """Fetch the weights, then begin."""
         begin = time.perf_counter()
         if not self.info.resident:
+            self.runtime.before_layer()
             stream = self.runtime.stream
             assert stream is not None
             self.layer.group.attach(stream.take(self.info.index).buffer)
+            self.source = self.runtime.sources[self.info.index]
         self.began = time.perf_counter()
         if self.runtime.listener is not None:
-            self.source: Source = "resident" if self.info.resident else self.runtime.sources[self.info.index]
             waited = self.began - begin
             self.runtime.emit(ComputeBegin(self.info.index, self.info.name, self.info.nbytes, self.source, waited))
 

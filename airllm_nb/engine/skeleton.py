@@ -66,11 +66,12 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_rem
     """
     raw = read_config(folder)
     config = compat_config.load_config(folder, raw, trust_remote_code=trust_remote_code)
-    model = _empty_model(config, dtype, compat_config.attention(raw), trust_remote_code=trust_remote_code)
+    model = _empty_model(config, dtype, compat_config.attention(config), trust_remote_code=trust_remote_code)
     _load_generation_config(model, folder)
     places = _places(model)
     recipes, unused = keys.recipes(model, {name: entry.shape for name, entry in checkpoint.items()})
-    unused = [name for name in unused if not COMPUTED.search(name)]
+    ignored = [COMPUTED, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
     wanted = model.state_dict()
     _check_shapes(recipes, wanted, unused)
     recipes, owners = _untied(recipes, places, checkpoint)
@@ -137,8 +138,9 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **argument, **attention
             )
+            _recompute_buffers(model)
         model.tie_weights()
-    except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever the model's own code finds wrong with the config
         raise UnsupportedError(
             f"{versions.installed_text()} cannot build this as a causal language model: {compat_config.first_line(error)}",
             "Check config.json, or try  %pip install -U transformers  and restart the kernel.",
@@ -146,6 +148,15 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
     finally:
         torch.random.set_rng_state(rng)
     return model.eval()
+
+
+def _recompute_buffers(model: Any) -> None:
+    """Compute temporary buffers as transformers 5's ``from_pretrained`` does: in their own dtype, not in the model's."""
+    if versions.installed() >= (5,):
+        with torch.no_grad():
+            for module in model.modules():
+                if module._non_persistent_buffers_set:  # noqa: SLF001
+                    model._init_weights(module)  # noqa: SLF001
 
 
 def _load_generation_config(model: Any, folder: Path) -> None:

@@ -52,7 +52,15 @@ class WeightStream:
         self._work: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the reading thread
         self._arrival: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the computing thread
         self._thread = threading.Thread(target=self._run, name="airllm_nb-read-ahead", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read ahead. Apart from making it, so that an interrupt cannot lose a stream whose thread runs."""
         self._thread.start()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a layer is out: between passes, one that an aborted pass has left."""
+        return any(state == "used" for state, _ in self._states)
 
     def take(self, index: int) -> Slot:
         """Return the slot that holds a layer, waiting for it to be read.
@@ -107,31 +115,38 @@ class WeightStream:
 
     def close(self) -> None:
         """Stop the thread and let the slots' memory go."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._arrival.put(None)
         self._work.put(None)
-        self._arrival.put(None)
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
-        self._slots.clear()
-        self._states.clear()
+        with self._lock:
+            self._slots.clear()
+            self._states.clear()
 
     def _run(self) -> None:
-        while not self._closed:
+        while True:
             with self._lock:
+                if self._closed:
+                    return
                 job = self._job()
                 if job is not None:
                     index, number = job
                     self._states[number] = ("reading", index)
+                    slot = self._slots[number]
             if job is None:
                 self._work.get()
                 continue
             failure: BaseException | None = None
             try:
-                self._fill(index, self._slots[number])
-                self._slots[number].upload()
+                self._fill(index, slot)
+                slot.upload()
             except BaseException as error:  # it is raised again where the layer is waited for  # noqa: BLE001  # it is raised again where the layer is waited for
                 failure = error
             with self._lock:
+                if self._closed:  # perhaps by the garbage collector on this very thread
+                    return
                 self._states[number] = ("ready", index) if failure is None else FREE
                 if failure is not None:
                     self._failed = (index, failure)
@@ -140,7 +155,7 @@ class WeightStream:
     def _job(self) -> tuple[int, int] | None:
         """Choose which layer to read now and into which slot: first what is waited for, then the layers that come next."""
         wanted = self._wanted
-        if self._failed is not None:  # wait for the next `take`, which tries again
+        if self._failed is not None and wanted in (None, self._failed[0]):  # wait for the next `take`, which tries again
             return None
         if wanted is not None and self._slot_of("ready", wanted) is None:
             number = self._fitting(wanted)

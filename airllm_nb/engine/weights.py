@@ -47,7 +47,7 @@ class WeightGroup:
     name : str
         Module path of the layer.
     parameters : iterable of (name, dtype, shape, places)
-        What the buffer holds. Persistent buffers count too, but not in a group that is ever detached.
+        What the buffer holds. Persistent buffers count too, but stay when the group is detached.
     recipes : sequence of Recipe
         Where it comes from; together they make each parameter exactly once.
     """
@@ -71,6 +71,7 @@ class WeightGroup:
             (place, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False))
             for weight in self.weights.values()
             for place in weight.places
+            if not place.is_buffer
         ]
 
     def views(self, buffer: torch.Tensor) -> Tensors:

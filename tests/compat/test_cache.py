@@ -15,6 +15,8 @@ NEXT = torch.tensor([[40, 41]])
 def caches(config):
     """The kinds of cache that a caller may pass, as far as this transformers has them."""
     yield "default", None
+    if config.model_type == "gpt2" and transformers.__version__ < "4.50":
+        return  # GPT-2 took only tuples then
     yield "dynamic", transformers.DynamicCache()
     try:
         yield "static", transformers.StaticCache(config=config, max_cache_len=32)
@@ -35,8 +37,6 @@ def test_the_retry_after_an_abort_is_exact(checkpoint, kind, keep):
     memory = budgets(plan(folder, device="cpu", dtype="float32"))[keep]
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=memory) as model:
         for name, empty in caches(model.config):
-            if name == "static" and kind == "gpt2" and transformers.__version__ < "4.50":
-                continue  # GPT-2 took no static cache then
             cache = forward(model, IDS, empty).past_key_values
             for layer in (0, 2, 3):
 

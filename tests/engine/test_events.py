@@ -7,6 +7,7 @@ import torch
 from tiny import LAYERS, budgets
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerRead, LayerReady, LoadBegin, LoadEnd, PassBegin, PassEnd
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -68,8 +69,50 @@ def test_events_are_frozen():
 def test_no_listener_no_hooks_where_all_stay(checkpoint):
     with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32") as model:
         layers = model.model.layers
-        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        model.progress = lambda _: None
-        assert all(layer._forward_hooks and layer._forward_pre_hooks for layer in layers)
+        for listener in (None, lambda _: None, None):
+            model.progress = listener
+            model(IDS)  # takes effect with the next pass
+            assert all(bool(layer._forward_hooks) == bool(layer._forward_pre_hooks) == bool(listener) for layer in layers)
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_a_listener_may_leave_or_be_replaced_at_any_event(checkpoint, keep):
+    memory = budgets(plan(checkpoint(), device="cpu", dtype="float32"))[keep]
+    with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32", memory=memory) as model:
+        expected = model(IDS).logits
+        for kind in (PassBegin, LayerRead, LayerReady, ComputeBegin, ComputeEnd, PassEnd):
+            for successor in (None, lambda _: None):
+
+                def leave(event, kind=kind, successor=successor):
+                    if isinstance(event, kind):
+                        model.progress = successor
+
+                model.progress = leave
+                for _ in range(2):
+                    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_hidden_states_of_the_inner_model_are_a_pass_too(checkpoint):
+    """`model.model(ids)` is a usual way to get them: it is told, cleaned up after an abort, and refused after closing."""
+    memory = plan(checkpoint(), device="cpu", dtype="float32").least
+    events = []
+    with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32", memory=memory) as model:
+        expected = model.model(IDS).last_hidden_state
+        model.progress = events.append
+        model(IDS)
+        assert sum(isinstance(event, PassBegin) for event in events) == 1  # not a second one for the inner model
+
+        def fail(event):
+            if isinstance(event, ComputeBegin) and event.index == 1:
+                raise RuntimeError("on purpose")
+
+        model.progress = fail
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="on purpose"):
+                model.model(IDS)
+        with pytest.raises(RuntimeError, match="on purpose"):  # and one layer called on its own
+            model.model.layers[1](torch.zeros(1, 5, 64))
         model.progress = None
-        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        assert torch.equal(model.model(IDS).last_hidden_state, expected)
+    with pytest.raises(AirLLMError, match="unloaded"):
+        model.model(IDS)
