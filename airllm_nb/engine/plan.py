@@ -93,12 +93,13 @@ def plan(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    progress: Listener | None = None,
 ) -> Plan:
     """Tell what loading a model would mean, from its headers alone: no weight is downloaded or read.
 
     Parameters
     ----------
-    model, device, dtype, memory, revision, token, trust_remote_code
+    model, device, dtype, memory, revision, token, trust_remote_code, progress
         As for `LayeredModel.from_pretrained`.
 
     Raises
@@ -106,7 +107,7 @@ def plan(
     AirLLMError
         Whatever loading would raise, as far as headers can tell.
     """
-    name, model = named(model)
+    name, model = named(model, progress)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
     chosen, number, reasons = choose(checkpoint, device, dtype)

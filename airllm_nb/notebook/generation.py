@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
 from airllm_nb.errors import PromptError
+from airllm_nb.notebook.decoding import Sampling, in_words, refusals
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.streaming import TextStream
 from airllm_nb.notebook.summary import Answer, Interrupted, Stopped
@@ -21,69 +21,19 @@ if TYPE_CHECKING:
     from airllm_nb import LayeredModel
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when the text ends.
-
-    What is not named here, such as ``top_k`` or a repetition penalty, is as the model's own generation config has it.
-
-    Parameters
-    ----------
-    max_new_tokens : int
-        The text's largest length.
-    temperature : float
-        0 takes the most likely token every time (greedy); above 0 samples.
-    top_p : float, optional
-        Sample from the most likely tokens that have this probability together.
-    seed : int, optional
-        Makes sampling repeatable, and leaves PyTorch's own random state as it was.
-    stop : tuple of str
-        The text ends before the first of these.
-
-    Raises
-    ------
-    PromptError
-        If a value makes no sense.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise PromptError(f"max-new-tokens is {self.max_new_tokens}.", "Ask for 1 token or more.")
-        if not 0 <= self.temperature < float("inf"):
-            raise PromptError(f"The temperature is {self.temperature}.", "Use 0 (no sampling) or more, such as 0.7.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise PromptError(f"top-p is {self.top_p}.", "Use a share above 0 and up to 1, such as 0.9.")
-        if self.top_p is not None and not self.temperature:
-            raise PromptError("top-p has no effect without sampling.", "Give a temperature above 0 as well.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise PromptError(f"The seed is {self.seed}.", "Use a whole number from 0 up.")
-        if "" in self.stop:
-            raise PromptError("A stop text is empty.", "Write the text at which to stop, or leave it out.")
-
-    def options(self) -> dict[str, Any]:
-        """Return what ``generate`` takes; None unsets what the model's generation config says of sampling."""
-        if not self.temperature:
-            return {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        top_p = {} if self.top_p is None else {"top_p": self.top_p}
-        return {"num_beams": 1, "do_sample": True, "temperature": self.temperature, **top_p}
-
-
 def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -> dict[str, torch.Tensor]:
     """Turn a prompt into ids: through the tokenizer's chat template where it has one, unless `raw`.
 
     Raises
     ------
     PromptError
-        If there is no prompt, or `system` is given and there is no place for it.
+        If there is no prompt, `system` is given and there is no place for it, or the chat template fails.
     """
     if not prompt.strip():
         raise PromptError("There is no prompt.", "Write it below the line with %%airllm.")
+    for text in (prompt, system or ""):
+        if lone := re.search("[\ud800-\udfff]", text):
+            raise PromptError(f"The prompt holds {lone[0]!r}, half of a character.", "Remove it, or write the whole character.")
     tokenizer = model.tokenizer
     if raw or not tokenizer.chat_template:
         if system is not None:
@@ -97,9 +47,9 @@ def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program of the checkpoint, and can fail in any way
         remedy = "Leave --system out, or use --raw." if system is not None else "Use --raw."
-        raise PromptError(f"The chat template of {model.name} refuses this: {error}.", remedy) from error
+        raise PromptError(f"The chat template of {model.name} fails with {in_words(error)}.", remedy) from error
     return _tensors(encoded)
 
 
@@ -121,6 +71,8 @@ def generate(
     ------
     PromptError
         If the prompt leaves no room in the model's context.
+    UnsupportedError
+        If the checkpoint asks for a decoding that transformers refuses, or computes what is not a number.
     Interrupted
         If the user interrupts; it carries the answer so far.
     """
@@ -140,19 +92,20 @@ def generate(
         return Answer(stream.text, tuple(stream.ids), prompt_tokens, seconds, stopped, progress.totals())
 
     ends = _end_ids(model)
+    options = {
+        **sampling.options(model),
+        **inputs,
+        "max_new_tokens": wanted,
+        "pad_token_id": _pad_id(model, ends),
+        "streamer": stream,
+        "stopping_criteria": [_StopFlag(stream)],
+    }
     ended: Ended = "failed"
     began = time.perf_counter()
     model.progress = progress
     try:
-        with _seeded(sampling.seed):
-            model.generate(
-                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                **sampling.options(),
-                max_new_tokens=wanted,
-                pad_token_id=_pad_id(model, ends),
-                streamer=stream,
-                stopping_criteria=[_StopFlag(stream)],
-            )
+        with _seeded(sampling.seed), refusals(model, state):
+            model.generate(**options)
         ended = "done"
     except KeyboardInterrupt:
         ended = "interrupted"

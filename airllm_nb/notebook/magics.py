@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
-from traitlets import Enum, Unicode
+from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.notebook import options
 from airllm_nb.notebook.complete import complete
@@ -42,20 +41,22 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self.session = Session(self._new_renderer)
-        self._renderers: list[Renderer] = []
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_magic("airllm")  # type: ignore[untyped-decorator]
     def line(self, line: str) -> None:
         """Show `options.HELP`: see below."""
         words = options.split(line, self.shell.user_ns)
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(options.SUMMARY + "\n\n%airllm? shows all options and examples.")
+        if not words:
+            print(options.SUMMARY + "\n\n%airllm --help shows all options and examples.")
+            return
+        if words[0] in ("-h", "--help", "help"):
+            print(options.HELP)
             return
         verb, *rest = words
         if verb not in options.VERBS:
             near = difflib.get_close_matches(verb, options.VERBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options.VERBS)}."
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options.VERBS)}, and %%airllm for a prompt."
             raise UsageError(f"%airllm: unknown verb {verb!r}; {hint}")
         parser = options.VERBS[verb]
         if "-h" in rest or "--help" in rest:
@@ -117,9 +118,8 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         print(plan(**self._model_options(arguments)))
 
     def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        model = arguments.model
         return {
-            "model": str(Path(model).expanduser()) if model.startswith("~") else model,
+            "model": arguments.model,
             "device": arguments.device or self.device,
             "dtype": arguments.dtype or self.dtype,
             "memory": arguments.memory or self.memory,
@@ -138,23 +138,30 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             kind = "text" if getattr(self.shell, "kernel", None) is None else "widget"
         from airllm_nb.notebook import renderers
 
-        renderer: Renderer = renderers.KINDS[kind]()
-        self._renderers.append(renderer)
-        return renderer
-
-    def close(self) -> None:
-        """Free the model and take the displays away."""
-        self.session.unload()
-        for renderer in self._renderers:
-            renderer.close()
-        self._renderers.clear()
+        return renderers.KINDS[kind]()
 
 
 def load(shell: InteractiveShell) -> None:
     """Register the magics, their configuration and their completion in `shell`."""
-    shell.register_magics(AirLLMMagics(shell))
+    settings = shell.config.pop(
+        AirLLMMagics.__name__, {}
+    )  # an invalid one, which %config keeps as well, would stop the next line
+    magics = AirLLMMagics(shell)
+    for name, value in settings.items():
+        _configure(magics, name, value)
+    shell.register_magics(magics)
     for command in COMMANDS:
         shell.set_hook("complete_command", complete, str_key=command)
+
+
+def _configure(magics: AirLLMMagics, name: str, value: Any) -> None:
+    """Set a trait and the shell's configuration of it; an invalid value is dropped from both with a word."""
+    try:
+        setattr(magics, name, value)
+    except TraitError as error:
+        print(f"%config AirLLMMagics.{name} is dropped. {error}")
+    else:
+        magics.shell.config[AirLLMMagics.__name__][name] = value
 
 
 def unload(shell: InteractiveShell) -> None:
@@ -162,7 +169,7 @@ def unload(shell: InteractiveShell) -> None:
     magics = shell.magics_manager.registry.get(AirLLMMagics.__name__)
     if magics is None:
         return
-    magics.close()
+    magics.session.unload()
     del shell.magics_manager.registry[AirLLMMagics.__name__]
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("airllm", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import keyword
 import re
 import shlex
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -48,6 +49,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what IPython shows as one line."""
+        if "expected one argument" in message:
+            message += ", as in --memory=4GB or --stop=--"
         raise UsageError(f"{self.prog}: {message} (%airllm? shows how it is used)")
 
 
@@ -73,7 +76,8 @@ def _cell_parser() -> Parser:
     parser.option("--system", metavar="TEXT", help="system prompt, for the chat template")
     parser.option("--raw", action="store_true", help="no chat template: the model continues the text")
     parser.option("--stop", action="append", default=[], metavar="TEXT", type=_unescape,
-                  help=r"end before this text; may be given again; \n and \t mean line break and tab")  # fmt: skip
+                  help=r"end before this text; may be given again; \n and \t mean line break and tab; --stop=TEXT takes "
+                  "any text, such as one that begins with -")  # fmt: skip
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
     return parser
 
@@ -83,7 +87,7 @@ def _unescape(text: str) -> str:
 
 
 def _identifier(text: str) -> str:
-    if not text.isidentifier():
+    if not text.isidentifier() or keyword.iskeyword(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a variable")
     return text
 

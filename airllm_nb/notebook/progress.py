@@ -10,6 +10,7 @@ from airllm_nb.events import (
     ComputeBegin,
     ComputeEnd,
     Event,
+    Fetching,
     LayerInfo,
     LayerRead,
     LayerReady,
@@ -93,6 +94,7 @@ class RunState:
         self.model = model
         self.tokens_wanted = tokens_wanted
         self.kind: Literal["opening", "load", "prefill", "decode"] = "opening"
+        self.fetching = ""  # what is being fetched before a load can begin, in words
         self.ended: Ended | None = None  # None while it runs
         self.seconds = 0.0  # of the load; or from the first pass's begin to the last one's end
         self.prompt_tokens = 0
@@ -106,6 +108,7 @@ class RunState:
         self._began_at = 0.0
         self._pass_at = 0.0
         self._apply: dict[type[Event], Callable[[Any], None]] = {
+            Fetching: self._fetching,
             LoadBegin: self._load_begin,
             LoadEnd: self._load_end,
             PassBegin: self._pass_begin,
@@ -160,6 +163,9 @@ class RunState:
             and self.layers[self.layer].work == "done"
             and self.layers[following].weights in ("waiting", "reading")
         )
+
+    def _fetching(self, event: Fetching) -> None:
+        self.fetching = event.text
 
     def _load_begin(self, event: LoadBegin) -> None:
         self.kind = "load"

@@ -58,11 +58,11 @@ class TextRenderer:
         """Move the bar; it is made when there is something to count."""
         if state.ended:
             self.close()
-        elif state.layers and not self._text_began:
+        elif (state.layers or state.fetching) and not self._text_began:
             if self._bar is None:
                 # `disable=None` keeps it out of files and pipes; Progress sets the pace.
                 self._bar = tqdm(total=100, bar_format="{desc} |{bar:30}|", leave=False, disable=None, delay=1e-9)
-            self._bar.n = round(100 * (state.fraction if state.kind == "load" else state.pass_fraction))
+            self._bar.n = round(100 * (state.fraction if state.kind in ("opening", "load") else state.pass_fraction))
             self._bar.set_description_str(strip.headline(state))
 
     def before_text(self) -> None:

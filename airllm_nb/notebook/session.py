@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.imports import import_engine
+from airllm_nb.notebook.interrupts import interrupt_later
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from airllm_nb import LayeredModel
+
+PLENTY = "1000TB"
 
 
 class SessionError(AirLLMError):
@@ -66,7 +69,10 @@ class Session:
         return self._model is not None
 
     def load(self, model: str, **options: Any) -> LayeredModel:
-        """Free the model that is loaded, then load another; if that fails, none is loaded.
+        """Load a model in place of the one that is loaded.
+
+        What can be known from the new model's headers is checked first, and if that fails the old one stays. Then the old one
+        is freed, to make room; should the load fail after that, none is loaded.
 
         Parameters
         ----------
@@ -83,7 +89,6 @@ class Session:
             If the user interrupts.
         """
         with self._alone():
-            self._free()
             progress = Progress(RunState(model), self._new_renderer())
             ended: Ended = "failed"
             try:
@@ -91,13 +96,16 @@ class Session:
                 from airllm_nb import LayeredModel
 
                 with _quiet():
+                    if self.loaded:
+                        _check(model, progress=progress, **options)
+                        self._free()
                     loaded = LayeredModel.from_pretrained(model, progress=progress, **options)
                 loaded.progress = None
                 self._model = loaded
                 ended = "done"
             except KeyboardInterrupt:
                 ended = "interrupted"
-                raise Interrupted("stopped while loading; no model is loaded") from None
+                raise
             finally:
                 progress.finish(ended)
             return loaded
@@ -114,7 +122,7 @@ class Session:
         raw : bool
             Give the prompt to the model as it is, without chat template.
         **sampling
-            See `airllm_nb.notebook.generation.Sampling`.
+            See `airllm_nb.notebook.decoding.Sampling`.
 
         Raises
         ------
@@ -126,8 +134,9 @@ class Session:
         with self._alone():
             model = self.model
             from airllm_nb.notebook import generation
+            from airllm_nb.notebook.decoding import Sampling
 
-            how = generation.Sampling(**sampling)
+            how = Sampling(**sampling)
             try:
                 with _quiet():
                     inputs = generation.encode(model, prompt, system, raw=raw)
@@ -143,7 +152,9 @@ class Session:
             self._free()
 
     def _free(self) -> None:
-        if self._model is not None:
+        if self._model is None:
+            return
+        with interrupt_later():  # in the middle, it could be lost in a finalizer, which raises nothing
             model, self._model = self._model, None
             model.close()
             del model
@@ -162,9 +173,16 @@ class Session:
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            raise Interrupted("stopped") from None
+            raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
             self._owner = None
+
+
+def _check(model: str, *, memory: str = "auto", **options: Any) -> None:
+    """Raise what `LayeredModel.from_pretrained` would raise for want of anything but memory that is in use now."""
+    from airllm_nb import plan
+
+    plan(model, memory=PLENTY if memory == "auto" else memory, **options)
 
 
 @contextlib.contextmanager

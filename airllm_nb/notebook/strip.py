@@ -75,7 +75,7 @@ def render(state: RunState) -> str:
 def headline(state: RunState) -> str:
     """Say in one line what is going on: ``token 7/40 · layer 12/30 · model.layers.11 · 3.1 tok/s``."""
     if state.kind == "opening":
-        return state.ended or ("starting" if state.tokens_wanted else "opening")
+        return state.ended or state.fetching or ("starting" if state.tokens_wanted else "opening")
     if state.ended:
         return _ended(state)
     if state.kind == "load":

@@ -54,6 +54,8 @@ def test_devices_and_plan(shell, chat):
 
 def test_help(shell):
     assert "%airllm plan MODEL" in shell.run("%airllm")
+    for word in ("--help", "-h", "help"):
+        assert "--max-new-tokens" in shell.run(f"%airllm {word}")
     assert "--trust-remote-code" in shell.run("%airllm load --help")
     assert "--max-new-tokens" in shell.run("%%airllm --help\n-")
     for magic in ("%airllm", "%%airllm"):
@@ -66,7 +68,7 @@ def test_help(shell):
     ("cell", "said"),
     [
         ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
-        ("%airllm xyzzy", "there are load, unload, status, devices, plan."),
+        ("%airllm xyzzy", "there are load, unload, status, devices, plan, and %%airllm for a prompt."),
         ("%airllm load", "required: MODEL"),
         ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),
         ("%airllm load 'x", "a quotation mark is not closed"),
@@ -74,6 +76,8 @@ def test_help(shell):
         ("%airllm load /no/such/folder", "/no/such/folder"),
         ("%%airllm --max-new-tokens many\nHi", "invalid int value: 'many'"),
         ("%%airllm -o 2x\nHi", "'2x' is no name for a variable"),
+        ("%%airllm -o class\nHi", "'class' is no name for a variable"),
+        ("%%airllm --stop --\nHi", "argument --stop: expected one argument, as in --memory=4GB or --stop=--"),
         ("%%airllm\n", "the cell body is empty"),
         ("%%airllm\nHi", "No model is loaded."),
     ],
@@ -102,13 +106,39 @@ def test_bad_input_for_a_loaded_model(shell, chat, plain):
     assert "needs a chat template" in shell.fail("%%airllm --system Hello\nHi")
 
 
-def test_a_failed_load_leaves_no_model(shell, chat):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{chat} --device", "expected one argument, as in --memory=4GB"),
+        ("{chat} --device gpu9", "gpu9"),
+        ("{chat} --dtype int3", "int3"),
+        ("{chat} --memory lots", "'lots' is not a size"),
+        ("{chat} --memory=-1GB", "'-1GB' is not a size"),
+        ("{chat} --memory 1kB", "1.00 kB"),
+        ("/no/such/folder", "/no/such/folder"),
+        ("~nouser/x", "~nouser/x"),
+        ("{chat}/config.json", "it is a file"),
+        ("org/name", "org/name"),
+    ],
+)
+def test_a_load_that_cannot_succeed_keeps_the_model(shell, chat, line, said):
+    shell.run(LOAD.format(chat))
+    model = shell.magics.session.model
+    assert said in shell.fail("%airllm load " + line.format(chat=chat))
+    assert shell.magics.session.model is model
+
+
+def test_a_load_that_fails_midway_leaves_no_model(shell, chat, monkeypatch):
+    from airllm_nb.engine.reader import Reader
+    from airllm_nb.errors import CheckpointError
+
+    def changed(*_):
+        raise CheckpointError("The file has changed.", "Fetch it again.")
+
     shell.run(LOAD.format(chat))
     model = weakref.ref(shell.magics.session.model)
-    assert "--device" in shell.fail(f"%airllm load {chat} --device")
-    assert model() is not None  # a line that cannot be read changes nothing
-    assert "is not a size" in shell.fail(f"%airllm load {chat} --memory lots")
-    gc.collect()
+    monkeypatch.setattr(Reader, "__init__", changed)
+    assert "has changed" in shell.fail(LOAD.format(chat))
     assert model() is None
     assert "No model is loaded" in shell.run("%airllm status")
 
@@ -119,6 +149,34 @@ def test_defaults_are_configurable(shell, chat):
     assert "cpu · float32" in shell.run(f"%airllm load {chat} --dtype float32")
     shell.run("%config AirLLMMagics.memory = 'lots'")
     assert "'lots' is not a size" in shell.fail(f"%airllm load {chat}")
+
+
+def test_an_invalid_default_is_dropped(shell):
+    shell.run("%config AirLLMMagics.dtype = 'float32'")
+    shell.ip.run_cell("%config AirLLMMagics.display = 'x'")  # prints an error, and keeps the value in the shell's configuration
+    shell._capsys.readouterr()
+    shown = shell.run("%reload_ext airllm_nb")
+    assert shown.startswith("%config AirLLMMagics.display is dropped.")
+    assert shown.count("\n") == 1
+    assert (shell.magics.display, shell.magics.dtype) == ("auto", "float32")
+    assert shell.run("%reload_ext airllm_nb") == ""
+    assert (shell.magics.display, shell.magics.dtype) == ("auto", "float32")
+
+
+def test_displays_of_past_cells_are_not_held(shell, chat, monkeypatch):
+    from airllm_nb.notebook import renderers
+
+    made = []
+
+    class Renderer(renderers.SilentRenderer):
+        def __init__(self):
+            made.append(weakref.ref(self))
+
+    monkeypatch.setitem(renderers.KINDS, "text", Renderer)
+    shell.run(LOAD.format(chat))
+    shell.run("%%airllm --max-new-tokens 2\nHello")
+    gc.collect()
+    assert [renderer() for renderer in made] == [None, None]
 
 
 def test_variables_and_quotes_in_the_line(shell, chat):

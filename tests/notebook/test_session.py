@@ -1,10 +1,12 @@
 """Asking: greedy or sampled, repeatable, within the context, and able to stop."""
 
+import signal
 import threading
 
 import pytest
 import torch
 
+from airllm_nb import LayeredModel
 from airllm_nb.errors import PromptError
 from airllm_nb.notebook.renderers import SilentRenderer
 from airllm_nb.notebook.session import Session, SessionError
@@ -180,6 +182,35 @@ def test_an_interrupt_while_loading_leaves_no_model(session, chat):
     session._new_renderer = quiet
     session.load(str(chat), device="cpu", dtype="float32")
     session.ask("Hello", max_new_tokens=2)
+
+
+def test_an_interrupt_while_freeing_takes_effect_right_after(chatting):
+    model = chatting.model
+    closed = []
+
+    def close():
+        signal.raise_signal(signal.SIGINT)
+        LayeredModel.close(model)
+        closed.append(model)
+
+    object.__setattr__(model, "close", close)
+    with pytest.raises(Interrupted, match="stopped; no model is loaded"):
+        chatting.unload()
+    assert closed
+    assert not chatting.loaded
+    chatting.unload()
+
+
+def test_an_interrupt_while_checking_keeps_the_model(chatting, chat, monkeypatch):
+    from airllm_nb.engine import plan
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "choose", stop)
+    with pytest.raises(Interrupted, match=f"stopped; {chat.name} is loaded"):
+        chatting.load(str(chat))
+    assert chatting.loaded
 
 
 def test_a_checkpoint_without_tokenizer_says_so(session, checkpoint):

@@ -1,0 +1,144 @@
+"""How the next token is chosen, what of that a checkpoint may say, and what to say when it cannot be done."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from airllm_nb.errors import PromptError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from airllm_nb import LayeredModel
+    from airllm_nb.notebook.progress import RunState
+
+OF_THE_CHECKPOINT = frozenset((
+    "bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "use_cache",
+    "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "renormalize_logits", "remove_invalid_values",
+))  # fmt: skip
+"""What a checkpoint's generation config decides. All else in it (beams, other caches, other methods, lengths) is ours: text is
+shown as it comes, which needs one sequence."""
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+"""Beyond these, scores divided by it leave the range of float32, or of any use."""
+
+WORDS = 200
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when the text ends.
+
+    What is not named here, such as ``top_k`` or a repetition penalty, is as the model's own generation config has it.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        The text's largest length.
+    temperature : float
+        0 takes the most likely token every time (greedy); above 0 samples.
+    top_p : float, optional
+        Sample from the most likely tokens that have this probability together.
+    seed : int, optional
+        Makes sampling repeatable, and leaves PyTorch's own random state as it was.
+    stop : tuple of str
+        The text ends before the first of these.
+
+    Raises
+    ------
+    PromptError
+        If a value makes no sense.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise PromptError(f"max-new-tokens is {self.max_new_tokens}.", "Ask for 1 token or more.")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            raise PromptError(
+                f"The temperature is {self.temperature}.",
+                f"Use 0 (no sampling), or {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}, such as 0.7.",
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise PromptError(f"top-p is {self.top_p}.", "Use a share above 0 and up to 1, such as 0.9.")
+        if self.top_p is not None and not self.temperature:
+            raise PromptError("top-p has no effect without sampling.", "Give a temperature above 0 as well.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise PromptError(f"The seed is {self.seed}.", "Use a whole number from 0 up.")
+        if "" in self.stop:
+            raise PromptError("A stop text is empty.", "Write the text at which to stop, or leave it out.")
+
+    def options(self, model: LayeredModel) -> dict[str, Any]:
+        """Return what ``generate`` takes; whatever the checkpoint says beyond `OF_THE_CHECKPOINT` is put back to its default."""
+        checkpoint, default = model.generation_config, transformers.GenerationConfig()
+        options = {
+            name: getattr(default, name, None)
+            for name in vars(checkpoint)
+            if not name.startswith("_") and name not in OF_THE_CHECKPOINT
+        }
+        # transformers 4 runs Gemma 2 and 3 with this cache only; 5 knows by itself.
+        cache = "hybrid" if getattr(checkpoint, "cache_implementation", None) == "hybrid" else None
+        options |= {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": cache, "tokenizer": model.tokenizer}
+        options["do_sample"] = self.temperature > 0
+        options["temperature"] = self.temperature or None
+        if not self.temperature:
+            options |= {"top_p": None, "top_k": None}  # transformers would advise against them
+        elif self.top_p is not None:
+            options["top_p"] = self.top_p
+        options["logits_processor"] = [_Finite(model)]
+        return options
+
+
+@contextlib.contextmanager
+def refusals(model: LayeredModel, state: RunState) -> Iterator[None]:
+    """Turn what transformers raises before the first pass, when it checks its options, into one line.
+
+    Raises
+    ------
+    UnsupportedError
+        If transformers refuses to generate as the checkpoint wants it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        if state.passes_begun:
+            raise
+        raise UnsupportedError(
+            f"transformers refuses to generate with {model.name}: {in_words(error)}.",
+            f"Correct generation_config.json (or what config.json says of generating) in {model.path}, and load it again.",
+        ) from error
+
+
+def in_words(error: BaseException) -> str:
+    """Return an exception's kind and message on one line, without a full stop."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= WORDS else text[:WORDS] + "…"
+    return f"{type(error).__name__}: {text}".rstrip(" :.")
+
+
+class _Finite:
+    """A logits processor for ``generate`` that looks whether the model's scores are numbers."""
+
+    def __init__(self, model: LayeredModel) -> None:
+        self._model = model
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(scores.max()):  # NaN wins over all numbers
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"What {self._model.name} computes is not a number: its weights are damaged, or {dtype} overflows.",
+                "Load it with --dtype float32; if that does not help, fetch its files again.",
+            )
+        return scores.float()  # dividing by a small temperature overflows float16
