@@ -11,9 +11,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CALM = [  # no network of the browser's own, no sandbox (containers have none), no GPU
@@ -52,7 +52,11 @@ def lab(tmp_path, browser):
     def open_notebook(path, theme="Light"):
         folder = tmp_path / f"work-{len(servers)}"
         folder.mkdir()
-        shutil.copy(path, folder)
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # as a new notebook: then a number beside a cell says that it has run here
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / path.name)
         settings = tmp_path / f"settings-{len(servers)}"
         for plugin, name, content in (
             ("apputils", "themes", {"theme": f"JupyterLab {theme}"}),
@@ -98,27 +102,30 @@ class Lab:
 
     def __init__(self, page):
         self.page = page
+        dialog = page.locator(".jp-Dialog")  # on a busy machine Lab asks for the kernel that it has not listed yet
+        page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").click())
         page.wait_for_selector(".jp-CodeCell", timeout=60_000)
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=60_000)
         page.keyboard.press("Control+b")  # hide the side bar
         self.cells = page.locator(".jp-CodeCell")
 
     def index(self, source):
-        """Return the number of the first code cell whose source contains a text."""
-        for index in range(self.cells.count()):
-            if source in self.cells.nth(index).locator(".jp-InputArea-editor").inner_text():
-                return index
+        """Return the number of the first code cell whose source contains a text; Lab draws cells one after another."""
+        for _ in range(120):
+            for index in range(self.cells.count()):
+                if source in self.cells.nth(index).locator(".jp-InputArea-editor").inner_text():
+                    return index
+            self.page.wait_for_timeout(250)
         raise AssertionError(f"no cell with {source!r}")
 
     def start(self, index):
         """Run a cell and return while it runs (or when it has run). The first keys can be lost while Lab still starts."""
         prompt = self.cells.nth(index).locator(".jp-InputPrompt")
-        before = prompt.inner_text()
-        prompt.click()
         for _ in range(60):
+            prompt.click()
             self.page.keyboard.press("Shift+Enter")
-            for _ in range(10):
-                if prompt.inner_text() != before:
+            for _ in range(20):
+                if "[ ]" not in prompt.inner_text():
                     return
                 self.page.wait_for_timeout(50)
         raise AssertionError("the cell does not start")
