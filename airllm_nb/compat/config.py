@@ -6,13 +6,39 @@ found by comparing the logits of 12 versions; each is refused here with the vers
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from airllm_nb.compat import versions
 from airllm_nb.errors import UnsupportedError
 
-YARN_EXACT = (4, 51)  # before, `original_max_position_embeddings` is ignored and yarn's scaling is off
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that versions before `exact` compute wrongly without a word, for the configs that `concerns` picks."""
+
+    what: str
+    exact: tuple[int, int]
+    concerns: Callable[[Raw], Any]
+
+
+FAULTS = (
+    Fault("yarn's rotary embedding", (4, 51), lambda raw: _rope_kind(raw) == "yarn"),
+    Fault("Gemma 2's cache", (4, 51), lambda raw: raw.get("model_type") == "gemma2"),
+    Fault("Phi-3's sliding window", (4, 48), lambda raw: raw.get("model_type") == "phi3" and _slides(raw)),
+    Fault("Phi-4's partial rotary embedding", (4, 51), lambda raw: raw.get("model_type") == "phi3" and _partial(raw)),
+    Fault("StarCoder 2's sliding window", (4, 48), lambda raw: raw.get("model_type") == "starcoder2" and _slides(raw)),
+    Fault("any config.json that transformers 5 wrote (its rotary embedding)", (5, 0), lambda raw: _find(raw, "rope_parameters")),
+    Fault(
+        "a GPT-NeoX config.json that a later transformers 5 wrote",
+        (5, 23),
+        lambda raw: raw.get("model_type") == "gpt_neox" and "rotary_pct" not in raw and _find(raw, "rope_parameters"),
+    ),
+)
 SOFTCAP_EXACT = (5, 23)  # before, only eager attention applies `attn_logit_softcapping` in every version
 
 
@@ -89,19 +115,26 @@ def _refuse_wrong(raw: dict[str, Any]) -> None:
             f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
             "Use the checkpoint with bfloat16, float16 or float32 weights.",
         )
-    if versions.installed() < (5,) and _find(raw, "rope_parameters"):
-        raise UnsupportedError(
-            f"config.json was written by transformers 5, and {versions.installed_text()} would silently compute its rotary "
-            "embedding wrongly.",
-            versions.upgrade("5.0"),
-        )
+    for fault in FAULTS:
+        if versions.installed() < fault.exact and fault.concerns(raw):
+            raise UnsupportedError(
+                f"{versions.installed_text()} would silently compute {fault.what} wrongly.",
+                versions.upgrade(".".join(map(str, fault.exact))),
+            )
+
+
+def _rope_kind(raw: Raw) -> Any:
     scaling = _find(raw, "rope_scaling")
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    if kind == "yarn" and versions.installed() < YARN_EXACT:
-        raise UnsupportedError(
-            f"{versions.installed_text()} would silently compute this model's yarn rotary embedding wrongly.",
-            versions.upgrade("4.51"),
-        )
+    return scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+
+
+def _slides(raw: Raw) -> bool:
+    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings")
+    return isinstance(window, int) and not (isinstance(context, int) and window >= context)
+
+
+def _partial(raw: Raw) -> bool:
+    return raw.get("partial_rotary_factor", 1) not in (1, 1.0, None)
 
 
 def _find(raw: dict[str, Any], key: str) -> Any:
