@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +16,15 @@ from airllm_nb.compat.config import first_line
 from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.layered import make_layered
+from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton, build
-from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError
-from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, Listener, LoadBegin, LoadEnd, Source
+from airllm_nb.events import LayerInfo, Listener
 
 __all__ = ["LayeredModel", "plan"]
 
@@ -120,55 +119,11 @@ class LayeredModel:
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:
             loaded.progress = progress
-            loaded._load(GroupReader(checkpoint, reader))
+            load_weights(skeleton, decided, GroupReader(checkpoint, reader), loaded._runtime, loaded._streams)
         except BaseException:
             loaded.close()
             raise
         return loaded
-
-    def _load(self, groups: GroupReader) -> None:
-        """Read what stays, and start the read-ahead of what streams."""
-        runtime, plan = self._runtime, self._plan
-        begin, completed = time.perf_counter(), False
-        runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
-
-        weak = weakref.ref(runtime)  # the reading thread must not keep a forgotten model alive, nor its listener
-        sources = runtime.sources
-
-        def emit(event: Event) -> None:
-            if (alive := weak()) is not None:
-                alive.emit(event)
-
-        def fill(info: LayerInfo, group: WeightGroup, host: torch.Tensor) -> None:
-            start = time.perf_counter()
-            emit(LayerRead(info.index, info.name, info.nbytes))
-            from_disk = groups.fill(group, host, keep_cached=info.resident)
-            source: Source = "disk" if from_disk else "cache"
-            sources[info.index] = source
-            emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
-
-        try:
-            always = torch.empty(self._skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
-            groups.fill(self._skeleton.always, always, keep_cached=True)
-            self._skeleton.always.attach(always.to(plan.device))
-            for layer, info in zip(self._skeleton.layers, plan.layers, strict=True):
-                if info.resident:
-                    host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
-                    fill(info, layer.group, host)
-                    layer.group.attach(host.to(plan.device))
-            streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
-            if streamed:
-                layer_groups = [layer.group for layer in self._skeleton.layers]
-
-                def read(index: int, slot: Slot) -> None:
-                    fill(plan.layers[index], layer_groups[index], slot.host)
-
-                runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
-                self._streams.append(runtime.stream)
-                runtime.stream.start()
-            completed = True
-        finally:
-            runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
 
     # What the model does
 

@@ -1,0 +1,81 @@
+"""Reads the weights that stay, and starts the read-ahead of those that stream."""
+
+from __future__ import annotations
+
+import time
+import weakref
+
+import torch
+
+from airllm_nb.engine.plan import Plan
+from airllm_nb.engine.runtime import Runtime
+from airllm_nb.engine.skeleton import Skeleton
+from airllm_nb.engine.slots import Slot, make_slots
+from airllm_nb.engine.stream import WeightStream
+from airllm_nb.engine.weights import GroupReader, WeightGroup
+from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, LoadBegin, LoadEnd, Source
+
+
+def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: Runtime, streams: list[WeightStream]) -> None:
+    """Bring a model's weights to where `plan` wants them, and tell the runtime's listener of every step.
+
+    Parameters
+    ----------
+    skeleton : Skeleton
+        Gets the weights that stay.
+    plan : Plan
+        Says which those are.
+    groups : GroupReader
+        Reads them.
+    runtime : Runtime
+        Gets the stream of the others.
+    streams : list of WeightStream
+        Gets it too, before its thread starts: whoever owns the list closes it, whatever happens.
+    """
+    begin, completed = time.perf_counter(), False
+    runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
+    fill = _Fill(groups, runtime)
+    try:
+        always = torch.empty(skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
+        groups.fill(skeleton.always, always, keep_cached=True)
+        skeleton.always.attach(always.to(plan.device))
+        for layer, info in zip(skeleton.layers, plan.layers, strict=True):
+            if info.resident:
+                host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+                fill(info, layer.group, host)
+                layer.group.attach(host.to(plan.device))
+        streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
+        if streamed:
+            layer_groups = [layer.group for layer in skeleton.layers]
+
+            def read(index: int, slot: Slot) -> None:
+                fill(plan.layers[index], layer_groups[index], slot.host)
+
+            runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
+            streams.append(runtime.stream)
+            runtime.stream.start()
+        completed = True
+    finally:
+        runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
+
+
+class _Fill:
+    """Reads a layer and tells of it; the reading thread that holds this must not keep a forgotten model (or listener) alive."""
+
+    def __init__(self, groups: GroupReader, runtime: Runtime) -> None:
+        self._groups = groups
+        self._runtime = weakref.ref(runtime)
+        self._sources = runtime.sources
+
+    def __call__(self, info: LayerInfo, group: WeightGroup, host: torch.Tensor) -> None:
+        start = time.perf_counter()
+        self._emit(LayerRead(info.index, info.name, info.nbytes))
+        from_disk = self._groups.fill(group, host, keep_cached=info.resident)
+        source: Source = "disk" if from_disk else "cache"
+        self._sources[info.index] = source
+        self._emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
+
+    def _emit(self, event: Event) -> None:
+        runtime = self._runtime()
+        if runtime is not None:
+            runtime.emit(event)
