@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 
+from airllm_nb.engine.hub import INDEX, MAX_HEADER, SINGLE
 from airllm_nb.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # the limit of the safetensors package itself
 AGAIN = "Fetch or copy the checkpoint again, then load it again."
 
 DTYPES = {
@@ -171,7 +169,7 @@ def _read_header(path: Path) -> tuple[bytes, FileState]:
             state = FileState.of(path.stat())  # by name, as it is checked later
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(MAX_HEADER, state.size - 8):  # the format's 8 bytes  # noqa: PLR2004  # the format's 8 bytes
+            if len(start) < 8 or length > min(MAX_HEADER, state.size - 8):  # noqa: PLR2004  # the format's 8 bytes
                 raise CheckpointError(f"{path.name} is truncated, or no safetensors file: its header does not fit.", AGAIN)
             return start + file.read(length), state
     except FileNotFoundError as error:

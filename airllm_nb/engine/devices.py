@@ -71,7 +71,7 @@ def _mps() -> DeviceInfo:
 
 
 def _xpu() -> DeviceInfo:
-    if not hasattr(torch, "xpu") or not torch.xpu._is_compiled():  # has no public form  # noqa: SLF001  # has no public form
+    if not hasattr(torch, "xpu") or not torch.xpu._is_compiled():  # noqa: SLF001  # has no public form
         return DeviceInfo("xpu", "Intel GPU", usable=False, reason="this PyTorch is built without XPU")
     usable = torch.xpu.is_available()
     return DeviceInfo("xpu", "Intel GPU", usable=usable, reason="ready" if usable else "no Intel GPU driver found")

@@ -46,7 +46,7 @@ def parse_size(text: str | float) -> int:
 def format_size(nbytes: float) -> str:
     """Write a size in bytes with three significant digits: ``"538 MB"``, ``"2.20 GB"``."""
     units = ["B", "kB", "MB", "GB", "TB"]
-    while nbytes >= 999.5 and len(units) > 1:  # three digits, rounded  # noqa: PLR2004  # three digits, rounded
+    while nbytes >= 999.5 and len(units) > 1:  # noqa: PLR2004  # three digits, rounded
         nbytes /= 1000
         del units[0]
     unit = units[0]

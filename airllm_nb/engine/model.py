@@ -140,7 +140,7 @@ class LayeredModel:
         prompt = context.count_tokens(ids)
         self._require_fit(prompt, context.new_tokens(kwargs, self._hf.generation_config, prompt or 0))
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
-            kwargs["assistant_model"] = assistant._hf  # transformers inspects and copies it  # noqa: SLF001  # transformers inspects and copies it
+            kwargs["assistant_model"] = assistant._hf  # noqa: SLF001  # transformers inspects and copies it
         if self._streams and hasattr(self._hf.generation_config, "disable_compile"):
             kwargs.setdefault("disable_compile", True)  # weights that come and go break the graph
         with self._runtime.lock:
@@ -192,7 +192,7 @@ class LayeredModel:
         self._runtime.close()
         self._free()
 
-    def __enter__(self) -> LayeredModel:  # typing.Self is new in Python 3.11  # noqa: PYI034  # typing.Self is new in Python 3.11
+    def __enter__(self) -> LayeredModel:  # noqa: PYI034  # typing.Self is new in Python 3.11
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -103,7 +103,7 @@ class Reader:
 
     def _check(self, path: Path) -> None:
         """Check by name *after* reading: then what was read is what the checkpoint described."""
-        if FileState.of(os.stat(path)) != self._states[path]:  # half the time of Path.stat, at every tensor  # noqa: PTH116  # half the time of Path.stat, at every tensor
+        if FileState.of(os.stat(path)) != self._states[path]:  # noqa: PTH116  # half the time of Path.stat, at every tensor
             raise _changed(path, "was replaced or rewritten")
 
 

@@ -167,7 +167,7 @@ def _load_generation_config(model: Any, folder: Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"generation_config.json cannot be read: {error}", "Correct it, or delete it.") from error
-    model.config._name_or_path = model.name_or_path = str(folder)  # as from_pretrained does  # noqa: SLF001  # as from_pretrained does
+    model.config._name_or_path = model.name_or_path = str(folder)  # noqa: SLF001  # as from_pretrained does
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
@@ -213,7 +213,7 @@ def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: 
     if unused:
         raise CheckpointError(
             f"The checkpoint holds tensors that its model has no place for: {', '.join(unused[:3])}"
-            f"{f' and {len(unused) - 3} more' if len(unused) > 3 else ''}.",  # name three  # noqa: PLR2004  # name three
+            f"{f' and {len(unused) - 3} more' if len(unused) > 3 else ''}.",  # noqa: PLR2004  # name three
             "The weights and config.json do not belong together. " + AGAIN,
         )
 
@@ -275,7 +275,7 @@ def _check_complete(owners: dict[str, list[str]], places: dict[str, Place], fold
     if missing:
         raise CheckpointError(
             f"{folder.name} lacks weights that its config.json asks for: {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}.",  # name three  # noqa: PLR2004  # name three
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}.",  # noqa: PLR2004  # name three
             AGAIN,
         )
 

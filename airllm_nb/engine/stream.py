@@ -142,7 +142,7 @@ class WeightStream:
             try:
                 self._fill(index, slot)
                 slot.upload()
-            except BaseException as error:  # it is raised again where the layer is waited for  # noqa: BLE001  # it is raised again where the layer is waited for
+            except BaseException as error:  # noqa: BLE001  # it is raised again where the layer is waited for
                 failure = error
             with self._lock:
                 if self._closed:  # perhaps by the garbage collector on this very thread
