@@ -51,14 +51,15 @@ def make_checkpoint(
     folder: Path,
     kind: str = "llama",
     *,
+    raw: dict | None = None,
     dtype: torch.dtype = torch.bfloat16,
     shards: str = "100KB",
     tokenizer: bool = False,
     **changes,
 ) -> Path:
-    """Write a checkpoint of one of CONFIGS, with `changes` to its config.json; sharded unless `shards` is large."""
+    """Write a checkpoint of one of CONFIGS or of `raw`, with `changes` to its config.json; sharded unless `shards` is large."""
     folder.mkdir(parents=True, exist_ok=True)
-    raw = CONFIGS[kind] | {"torch_dtype": str(dtype).removeprefix("torch.")} | changes
+    raw = (raw or CONFIGS[kind]) | {"torch_dtype": str(dtype).removeprefix("torch.")} | changes
     (folder / "config.json").write_text(json.dumps(raw))
     config = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
@@ -66,6 +67,9 @@ def make_checkpoint(
     with torch.no_grad():
         for parameter in model.parameters():  # transformers' initialisation is so even that a lost layer could go unnoticed
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # the only kind of buffer below that a checkpoint brings
+                buffer.normal_(0.0, 0.2)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     (folder / "config.json").write_text(json.dumps(raw))
     if tokenizer:

@@ -1,48 +1,36 @@
 """From a raw ``config.json`` to transformers' config object, or a refusal, on whatever transformers is installed.
 
-transformers does not refuse what it does not understand: it warns at best, and computes something else. The cases below were
-found by comparing the logits of 12 versions; each is refused here with the version that computes it exactly.
+transformers does not refuse what it does not understand: it warns at best, and computes something else. So the file is first
+rewritten in words that the installed version understands (`airllm_nb.compat.classic`), and what that version would still compute
+wrongly is refused by the table in `airllm_nb.compat.versions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from airllm_nb.compat import versions
+from airllm_nb.compat.classic import classic, fit_to, inexpressible, rope_type
+from airllm_nb.compat.versions import Raw, Version
 from airllm_nb.errors import UnsupportedError
 
-Raw = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that versions before `exact` compute wrongly without a word, for the configs that `concerns` picks."""
-
-    what: str
-    exact: tuple[int, int]
-    concerns: Callable[[Raw], Any]
-
-
-FAULTS = (
-    Fault("yarn's rotary embedding", (4, 51), lambda raw: _rope_kind(raw) == "yarn"),
-    Fault("Gemma 2's cache", (4, 51), lambda raw: raw.get("model_type") == "gemma2"),
-    Fault("Phi-3's sliding window", (4, 48), lambda raw: raw.get("model_type") == "phi3" and _slides(raw)),
-    Fault("Phi-4's partial rotary embedding", (4, 51), lambda raw: raw.get("model_type") == "phi3" and _partial(raw)),
-    Fault("StarCoder 2's sliding window", (4, 48), lambda raw: raw.get("model_type") == "starcoder2" and _slides(raw)),
-    Fault("any config.json that transformers 5 wrote (its rotary embedding)", (5, 0), lambda raw: _find(raw, "rope_parameters")),
-    Fault(
-        "a GPT-NeoX config.json that a later transformers 5 wrote",
-        (5, 23),
-        lambda raw: raw.get("model_type") == "gpt_neox" and "rotary_pct" not in raw and _find(raw, "rope_parameters"),
-    ),
-)
 SOFTCAP_EXACT = (5, 23)  # before, only eager attention applies `attn_logit_softcapping` in every version
+CLASSIC_IN_5: tuple[tuple[Version, Callable[[Raw], bool]], ...] = (
+    ((5, 2), lambda raw: raw.get("model_type") == "qwen3_moe"),  # did not know its own num_local_experts
+    ((5, 8), lambda raw: raw.get("model_type") == "cohere2"),  # ignored sliding_window_pattern
+    ((5, 14), lambda raw: raw.get("model_type") == "gpt_neox"),  # ignored its partial_rotary_factor
+    ((5, 20), lambda raw: rope_type(raw.get("rope_parameters")) == "dynamic"),  # the same, once the context has grown
+)
+"""Before which versions of transformers 5 a config.json is read exactly with the names of version 4 only."""
+OLD_ROPE_TYPES = ("default", "su", "mrope")
+"""Names beside those in transformers' own table: no scaling, Phi-3's first name for longrope, and Qwen-VL's sections."""
 
 
-def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> Any:
     """Return transformers' config of a checkpoint folder.
 
     Parameters
@@ -62,35 +50,70 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
     versions.require_floor()
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    _refuse_wrong(raw)
+    refuse(raw)
     model_type = raw.get("model_type")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if trust_remote_code and raw.get("auto_map"):  # the checkpoint's own code reads its own words
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        understood = in_words_of(raw, versions.installed())
+        if understood is raw or model_type not in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(folder)
+        return CONFIG_MAPPING[model_type].from_dict(understood)
     except Exception as error:
-        if trust_remote_code and raw.get("auto_map"):
-            raise UnsupportedError(
-                f"The code that this checkpoint brings cannot be used: {first_line(error)}",
-                "Install what it names, or ask its authors.",
-            ) from error
-        if "trust_remote_code" in str(error):
-            raise UnsupportedError(
-                f"{versions.installed_text()} has no model {model_type!r}: it brings its own code, which is not run unasked.",
-                "If you trust its authors, pass trust_remote_code=True (--trust-remote-code).",
-            ) from error
-        if model_type is None:
-            raise UnsupportedError(
-                "config.json does not say what kind of model this is: it has no model_type.",
-                "Name the folder of a model that transformers can load.",
-            ) from error
-        if model_type not in CONFIG_MAPPING:
-            raise UnsupportedError(
-                f"{versions.installed_text()} does not know the architecture {model_type!r}.",
-                "Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.",
-            ) from error
+        raise _explain(error, raw, CONFIG_MAPPING, trust_remote_code=trust_remote_code) from error
+
+
+def in_words_of(raw: Raw, version: Version) -> Raw:
+    """Return a config.json as a version of transformers understands it: `raw` itself if it does so already."""
+    if version >= (5,) and not any(version < exact and concerns(raw) for exact, concerns in CLASSIC_IN_5):
+        return raw
+    rewritten = _fit(classic(raw), version)
+    return raw if rewritten == raw else rewritten
+
+
+def _fit(raw: Raw, version: Version) -> Raw:
+    """Fit the config and each part of it to a version of transformers 4."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    strict = model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], "_rope_scaling_validation")
+    fitted = fit_to(raw, version, strict=strict) if version < (5,) else raw
+    return {
+        key: _fit(value, version) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in fitted.items()
+    }
+
+
+def refuse(raw: Raw, version: Version | None = None) -> None:
+    """Refuse what a version of transformers would compute wrongly, or what this engine cannot read.
+
+    Parameters
+    ----------
+    raw : dict
+        ``config.json``.
+    version : Version, optional
+        The installed one, unless told otherwise.
+
+    Raises
+    ------
+    UnsupportedError
+        With the version that computes it exactly, where there is one.
+    """
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(
-            f"{versions.installed_text()} cannot read this model's config.json: {first_line(error)}",
-            "Compare it with the model's page on the hub, or try  %pip install -U transformers.",
-        ) from error
+            f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
+            "Use the checkpoint with bfloat16, float16 or float32 weights.",
+        )
+    version = version or versions.installed()
+    for part in _language_parts(raw):
+        plain = classic(part)
+        for need in versions.unmet(plain, version):
+            raise need.error(version)
+        if version < (5,) and (what := inexpressible(part)):
+            raise UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.0"))
+        if version == versions.installed():
+            _refuse_rope(plain, version)
 
 
 def text_config(config: Any) -> Any:
@@ -107,43 +130,74 @@ def attention(config: Any) -> dict[str, str]:
     return {}
 
 
-def _refuse_wrong(raw: dict[str, Any]) -> None:
-    """Refuse what the installed version would compute wrongly, or what this engine cannot read."""
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
-            f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
-            "Use the checkpoint with bfloat16, float16 or float32 weights.",
-        )
-    for fault in FAULTS:
-        if versions.installed() < fault.exact and fault.concerns(raw):
-            raise UnsupportedError(
-                f"{versions.installed_text()} would silently compute {fault.what} wrongly.",
-                versions.upgrade(".".join(map(str, fault.exact))),
-            )
-
-
-def _rope_kind(raw: Raw) -> Any:
-    scaling = _find(raw, "rope_scaling")
-    return scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-
-
-def _slides(raw: Raw) -> bool:
-    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings")
-    return isinstance(window, int) and not (isinstance(context, int) and window >= context)
-
-
-def _partial(raw: Raw) -> bool:
-    return raw.get("partial_rotary_factor", 1) not in (1, 1.0, None)
-
-
-def _find(raw: dict[str, Any], key: str) -> Any:
-    """Return `key` of the config, or of its text part in a multimodal one."""
-    text = raw.get("text_config")
-    return raw.get(key) or (text.get(key) if isinstance(text, dict) else None)
-
-
 def first_line(error: Exception) -> str:
     """Return what an error of transformers says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def _language_parts(raw: Raw) -> Iterator[Raw]:
+    """Yield the config, and its text part in a multimodal one."""
+    yield raw
+    if isinstance(text := raw.get("text_config"), dict):
+        yield text
+
+
+def _refuse_rope(plain: Raw, version: Version) -> None:
+    """Refuse a rotary embedding that the installed version does not have, or not for this model."""
+    kind = rope_type(plain.get("rope_scaling"))
+    if kind is None:
+        return
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = sorted({*ROPE_INIT_FUNCTIONS, *OLD_ROPE_TYPES})
+    if kind not in known:
+        raise UnsupportedError(
+            f"config.json asks for a rotary embedding of type {kind!r}, and {versions.installed_text()} has {', '.join(known)}.",
+            "Correct rope_scaling (rope_parameters) in config.json, or try  %pip install -U transformers  and restart the kernel.",
+        )
+    if version < (5,) and not _reads_rope_scaling(str(plain.get("model_type"))):
+        raise UnsupportedError(
+            f"{versions.installed_text()} would silently ignore the scaled rotary embedding ({kind}) of {plain.get('model_type')!r}.",
+            versions.upgrade("5.0"),
+        )
+
+
+def _reads_rope_scaling(model_type: str) -> bool:
+    """Tell whether the code of a model of transformers 4 knows of ``rope_scaling``: if it never names it, it ignores it."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return True  # refused by name elsewhere
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)
+    model = model[0] if isinstance(model, tuple) else model
+    return model is None or "rope_scaling" in inspect.getsource(sys.modules[model.__module__])
+
+
+def _explain(error: Exception, raw: Raw, known: Any, *, trust_remote_code: bool) -> UnsupportedError:
+    """Say in one line why a config.json cannot be read, and what to do."""
+    model_type, installed = raw.get("model_type"), versions.installed_text()
+    if trust_remote_code and raw.get("auto_map"):
+        return UnsupportedError(
+            f"The code that this checkpoint brings cannot be used: {first_line(error)}",
+            "Install what it names, or ask its authors.",
+        )
+    if "trust_remote_code" in str(error):
+        return UnsupportedError(
+            f"{installed} has no model {model_type!r}: it brings its own code, which is not run unasked.",
+            "If you trust its authors, pass trust_remote_code=True (--trust-remote-code).",
+        )
+    if model_type is None:
+        return UnsupportedError(
+            "config.json does not say what kind of model this is: it has no model_type.",
+            "Name the folder of a model that transformers can load.",
+        )
+    if model_type not in known:
+        return UnsupportedError(
+            f"{installed} does not know the architecture {model_type!r}.",
+            "Run  %pip install -U transformers  and restart the kernel; if that is the newest, choose another model.",
+        )
+    return UnsupportedError(
+        f"{installed} cannot read this model's config.json: {first_line(error)}",
+        "Compare it with the model's page on the hub, or try  %pip install -U transformers.",
+    )

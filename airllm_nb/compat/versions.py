@@ -1,16 +1,144 @@
-"""Which transformers is installed, what each feature needs of it, and the message when it is too old."""
+"""Which transformers is installed, what each model and feature needs of it, and the message when it is too old.
+
+The table below is what the guards refuse by, what the tests check in real environments of `TESTED`, and what the README shows.
+It was measured: the logits and greedy tokens of tiny checkpoints of every family, on 16 versions, against those of the newest.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from airllm_nb.errors import UnsupportedError
 
-FLOOR = (4, 43)
+Version = tuple[int, ...]
+Raw = dict[str, Any]
+
+FLOOR: Version = (4, 43)
 """The oldest version that reads Llama-3.1's rope_scaling."""
+TESTED = ("4.43.4", "4.51.3", "4.57.6", "5.0.0", "5.23.0")
+"""The versions of which every test run has a real environment."""
 
 
-def installed() -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Need:
+    """Something in a checkpoint that some versions of transformers lack or compute wrongly without a word.
+
+    Attributes
+    ----------
+    what : str
+        Its name, for people.
+    exact : Version
+        The first version from which on it is exact.
+    concerns : callable
+        Tells from a ``config.json`` (of the language model, with classic names) whether the checkpoint has it.
+    refused : Version
+        Versions from this one up to `exact` are refused; older ones are exact again (or refused for another reason).
+    lacking : bool
+        True if older versions do not have it at all, or have it and fail; False if they would compute something else.
+    """
+
+    what: str
+    exact: Version
+    concerns: Callable[[Raw], Any]
+    refused: Version = (0,)
+    lacking: bool = False
+
+    def met(self, version: Version) -> bool:
+        """Tell whether a version is exact."""
+        return not self.refused <= version < self.exact
+
+    def error(self, version: Version) -> UnsupportedError:
+        """Return the refusal of a version that is not exact."""
+        name = f"transformers {dotted(version)}"
+        if self.lacking:
+            return UnsupportedError(f"{name} cannot compute {self.what} exactly.", upgrade(dotted(self.exact)))
+        return UnsupportedError(f"{name} would silently compute {self.what} wrongly.", upgrade(dotted(self.exact)))
+
+
+def _family(what: str, exact: Version, *types: str) -> Need:
+    return Need(what, exact, lambda raw: raw.get("model_type") in types, lacking=True)
+
+
+def _kind(raw: Raw, *types: str) -> bool:
+    return raw.get("model_type") in types
+
+
+def _rope_type(raw: Raw) -> Any:
+    scaling = raw.get("rope_scaling")
+    return scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+
+
+def _slides(raw: Raw) -> bool:
+    """Tell whether a sliding window is narrower than the context."""
+    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings")
+    return isinstance(window, int) and not (isinstance(context, int) and window >= context)
+
+
+def _slides_in_part(raw: Raw) -> bool:
+    """Tell whether Qwen's upper layers use a sliding window."""
+    return bool(raw.get("use_sliding_window")) and _slides(raw)
+
+
+def _partial(raw: Raw) -> bool:
+    return raw.get("partial_rotary_factor", 1) not in (1, 1.0, None)
+
+
+def _wide_heads(raw: Raw) -> bool:
+    """Tell whether heads times their width is not the model's width."""
+    width, heads, size = raw.get("head_dim"), raw.get("num_attention_heads"), raw.get("hidden_size")
+    return bool(width and heads and size and width * heads != size)
+
+
+FAMILIES = (
+    _family("Llama, InternLM (as Llama), Yi, SmolLM", FLOOR, "llama"),
+    _family("Llama 4 (text)", (4, 53), "llama4_text", "llama4"),
+    _family("Qwen2, Qwen2-MoE", FLOOR, "qwen2", "qwen2_moe"),
+    _family("Qwen3, Qwen3-MoE", (4, 51), "qwen3", "qwen3_moe"),
+    _family("Qwen3-Next", (4, 57), "qwen3_next"),
+    _family("Qwen3.5, Qwen3.5-MoE", (5, 2), "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"),
+    _family("Mistral, Mixtral", FLOOR, "mistral", "mixtral"),
+    _family("Gemma", FLOOR, "gemma"),
+    _family("Gemma 2", (4, 51), "gemma2"),
+    _family("Gemma 3 (text)", (4, 51), "gemma3_text", "gemma3"),
+    _family("Phi, Phi-3", FLOOR, "phi", "phi3"),
+    _family("GPT-2, GPT-NeoX", FLOOR, "gpt2", "gpt_neox"),
+    _family("DeepSeek-V2", (4, 55), "deepseek_v2"),
+    _family("DeepSeek-V3", (4, 51), "deepseek_v3"),
+    _family("gpt-oss", (4, 55), "gpt_oss"),
+    _family("GLM", (4, 48), "glm"),
+    _family("GLM-4", (4, 51), "glm4"),
+    _family("GLM-4.5 (MoE)", (4, 55), "glm4_moe"),
+    _family("OLMo 2", (4, 48), "olmo2"),
+    _family("OLMo 3", (4, 57), "olmo3"),
+    _family("Granite", (4, 45), "granite"),
+    _family("Cohere (Command R)", FLOOR, "cohere"),
+    _family("Cohere 2 (Command R7B)", (4, 51), "cohere2"),
+    _family("Falcon", FLOOR, "falcon"),
+    _family("StarCoder2, StableLM", FLOOR, "starcoder2", "stablelm"),
+    _family("SmolLM3", (4, 53), "smollm3"),
+    _family("InternLM3", (5, 23), "internlm3"),
+)
+FEATURES = (
+    Need("a scaled rotary embedding of Qwen2", (4, 45), lambda raw: _kind(raw, "qwen2", "qwen2_moe") and _rope_type(raw)),
+    Need("yarn's rotary embedding outside of Llama", (4, 51), lambda raw: not _kind(raw, "llama") and _rope_type(raw) == "yarn"),
+    Need("yarn of DeepSeek-V3", (4, 56), lambda raw: _kind(raw, "deepseek_v3") and _rope_type(raw) == "yarn"),
+    Need("yarn of DeepSeek-V2", (5, 20), lambda raw: _kind(raw, "deepseek_v2") and _rope_type(raw) == "yarn"),
+    Need("the scaled rotary embedding of OLMo 3", (5, 14), lambda raw: _kind(raw, "olmo3") and _rope_type(raw), (5, 0)),
+    Need("the partial rotary embedding of Phi-4-mini", (4, 51), lambda raw: _kind(raw, "phi3") and _partial(raw)),
+    Need("heads of Llama and Mistral wider than hidden_size / heads", (4, 45),
+         lambda raw: _kind(raw, "llama", "mistral") and _wide_heads(raw)),
+    Need("sliding windows of Phi-3 and StarCoder2", (4, 48), lambda raw: _kind(raw, "phi3", "starcoder2") and _slides(raw)),
+    Need("sliding windows of Qwen2", (4, 53), lambda raw: _kind(raw, "qwen2", "qwen2_moe") and _slides_in_part(raw)),
+    Need("the experts in groups of DeepSeek-V2", (5, 14), lambda raw: raw.get("topk_method") == "group_limited_greedy", (5, 0),
+         lacking=True),
+    Need("the attention of Llama 4", (4, 56), lambda raw: _kind(raw, "llama4_text"), (4, 54)),
+)  # fmt: skip
+
+
+def installed() -> Version:
     """Return the installed version of transformers, for example ``(4, 57, 6)``, without importing it."""
     text = importlib.metadata.version("transformers")
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
@@ -19,6 +147,11 @@ def installed() -> tuple[int, ...]:
 def installed_text() -> str:
     """Return ``"transformers 4.57.6"``."""
     return f"transformers {importlib.metadata.version('transformers')}"
+
+
+def dotted(version: Version) -> str:
+    """Return ``"4.51"`` for ``(4, 51)``."""
+    return ".".join(map(str, version))
 
 
 def upgrade(minimum: str) -> str:
@@ -35,5 +168,18 @@ def require_floor() -> None:
         Names the installed version, the one needed, and the command that installs it.
     """
     if installed() < FLOOR:
-        floor = ".".join(map(str, FLOOR))
+        floor = dotted(FLOOR)
         raise UnsupportedError(f"{installed_text()} is too old: airllm_nb needs {floor} or newer.", upgrade(floor))
+
+
+def unmet(raw: Raw, version: Version) -> Iterator[Need]:
+    """Yield what a checkpoint needs and a version of transformers does not give.
+
+    Parameters
+    ----------
+    raw : dict
+        ``config.json`` of the language model, with classic names (see `airllm_nb.compat.classic`).
+    version : Version
+        The version in question.
+    """
+    return (need for need in (*FAMILIES, *FEATURES) if not need.met(version) and need.concerns(raw))

@@ -1,0 +1,190 @@
+"""A ``config.json`` that transformers 5 wrote, in the words of transformers 4, which does not know the new ones and never warns.
+
+What version 5 renamed was found by comparing what its config classes write with what those of 4.43 to 4.57 read, for all types of
+causal language models. What a rotary embedding's parameters mean is as in ``transformers/modeling_rope_utils.py`` of 5.23.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from airllm_nb.compat.versions import Version
+
+Raw = dict[str, Any]
+
+RENAMED: dict[str, dict[str, str]] = {
+    "gemma": {"hidden_act": "hidden_activation"},
+    "gpt_neox": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+    "gpt_neox_japanese": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "xlm": {"bos_token_id": "bos_index", "eos_token_id": "eos_index", "pad_token_id": "pad_index"},
+}
+"""Model type -> name in version 5 -> name in version 4, beside the names that all types share."""
+DEFAULT_THETA = {"cohere": 500_000.0, "falcon_h1": 10_000.0, "olmo3": 500_000.0, "persimmon": 10_000.0}
+"""Types whose ``rope_theta`` has another default in version 4, for a config.json that does not say it."""
+PATTERNED = ("cohere2", "gemma3_text")
+"""Types that had a sliding_window_pattern before they had layer_types."""
+OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text", "modernbert-decoder")
+"""Types of version 4 with a rope_theta of its own for the layers with a sliding window."""
+NO_HEAD_DIM = ("mistral", "mixtral", "ministral")
+"""Types whose scaled rotary embedding asks for a ``head_dim`` that their config.json need not have."""
+SCALING_KEYS = {"linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
+"""What the oldest classes accept in ``rope_scaling`` beside ``type``, and nothing else."""
+
+
+def classic(raw: Raw) -> Raw:
+    """Return a config.json with the names of transformers 4 beside those of 5; what is classic already stays as it is.
+
+    Parameters
+    ----------
+    raw : dict
+        The parsed file; not changed. Parts such as ``text_config`` are rewritten too.
+
+    Returns
+    -------
+    dict
+        ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and the like in place of ``rope_parameters``; ``torch_dtype``
+        in place of ``dtype``; the names in `RENAMED`.
+    """
+    result = {
+        key: classic(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in raw.items()
+    }
+    if "dtype" in result:
+        result.setdefault("torch_dtype", result.pop("dtype"))
+    if isinstance(parameters := result.pop("rope_parameters", None), dict):
+        for key, value in _rope(result.get("rope_scaling") or parameters).items():
+            result[key] = value if key == "rope_scaling" else result.get(key, value)
+    model_type = result.get("model_type")
+    if model_type in DEFAULT_THETA:
+        result.setdefault("rope_theta", DEFAULT_THETA[model_type])
+    for new, old in RENAMED.get(str(model_type), {}).items():
+        if result.get(new) is not None and result.get(old) is None:
+            result[old] = result[new]
+    if model_type in PATTERNED:
+        _name_layer_types(result)
+    return result
+
+
+def rope_type(scaling: Any) -> str | None:
+    """Return the kind of a rotary embedding's scaling; None if there is none."""
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    return None if kind == "default" else kind
+
+
+def inexpressible(raw: Raw) -> str | None:
+    """Name what version 4 has no words for in a config.json, such as two scaled rotary embeddings; None if it has for all."""
+    parameters = raw.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return None
+    if not (nested := _nested(parameters)):
+        return None
+    if set(nested) - {"full_attention", "sliding_attention"}:
+        return "rotary embeddings for " + " and ".join(nested)
+    full, sliding = nested.get("full_attention", {}), nested.get("sliding_attention", {})
+    if sliding and rope_type(sliding):
+        return "a scaled rotary embedding for the layers with a sliding window"
+    own_theta = raw.get("model_type") in OWN_LOCAL_THETA
+    if full and sliding and full.get("rope_theta") != sliding.get("rope_theta") and not own_theta:
+        return "another rope_theta for the layers with a sliding window"
+    return None
+
+
+def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
+    """Return a classic config.json that means on a version of transformers 4 what it means on the newest.
+
+    Parameters
+    ----------
+    raw : dict
+        Written with the names of transformers 4.
+    version : Version
+        The one that will read it.
+    strict : bool
+        Whether its config class accepts in ``rope_scaling`` just what was there in the beginning (Phi-3's does in all versions).
+
+    Notes
+    -----
+    yarn before 4.51 took the original context from ``max_position_embeddings``, and later versions up to 5 derive ``factor`` from
+    the two. Without ``original_max_position_embeddings``, and with that as the context and ``attention_factor`` given, all agree.
+    """
+    scaling = raw.get("rope_scaling")
+    kind = rope_type(scaling)
+    if kind and raw.get("model_type") in NO_HEAD_DIM and not raw.get("head_dim"):
+        raw = raw | {"head_dim": raw.get("hidden_size", 4096) // raw.get("num_attention_heads", 32)}
+    if strict and kind in SCALING_KEYS:
+        return raw | {"rope_scaling": {"type": kind} | {key: scaling[key] for key in SCALING_KEYS[kind] if key in scaling}}
+    if kind != "yarn" or not isinstance(scaling, dict):
+        return raw
+    context, original = raw.get("max_position_embeddings"), scaling.get("original_max_position_embeddings")
+    if not context or not original or not scaling.get("factor"):
+        return raw
+    if version >= (4, 51) and scaling["factor"] == context / original:
+        return raw
+    rest = {key: value for key, value in scaling.items() if key != "original_max_position_embeddings"}
+    return raw | {
+        "rope_scaling": rest | {"attention_factor": scaling.get("attention_factor") or _yarn_attention_factor(scaling)},
+        "max_position_embeddings": original,
+    }
+
+
+def _rope(parameters: Raw) -> Raw:
+    """Return ``rope_parameters`` as the fields of version 4."""
+    nested = _nested(parameters)
+    if not nested:
+        fields = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if parameters.get(key) is not None}
+        return fields | {"rope_scaling": _scaling(parameters)} | _original(parameters)
+    fields = _rope(nested.get("full_attention") or next(iter(nested.values())))
+    if (theta := nested.get("sliding_attention", {}).get("rope_theta")) is not None:
+        fields["rope_local_base_freq"] = theta
+    return fields
+
+
+def _nested(parameters: Raw) -> dict[str, Raw]:
+    """Return the parameters of each layer type, if they are given so."""
+    return {key: value for key, value in parameters.items() if isinstance(value, dict)}
+
+
+def _scaling(parameters: Raw) -> Raw | None:
+    kind = rope_type(parameters)
+    rest = {
+        key: value
+        for key, value in parameters.items()
+        if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor") and value is not None
+    }
+    if kind is None and not rest:
+        return None
+    return {"rope_type": kind or "default", "type": kind or "default", **rest}  # some versions read only the one, some the other
+
+
+def _original(parameters: Raw) -> Raw:
+    """longrope's original context stands beside ``rope_scaling`` in version 4, not in it."""
+    original = parameters.get("original_max_position_embeddings")
+    return {"original_max_position_embeddings": original} if original and rope_type(parameters) == "longrope" else {}
+
+
+def _name_layer_types(raw: Raw) -> None:
+    """Give ``sliding_window_pattern`` (before 4.53) and ``layer_types`` (later), whichever of the two is missing."""
+    types, period, count = raw.get("layer_types"), raw.get("sliding_window_pattern"), raw.get("num_hidden_layers")
+    if types is None and isinstance(period, int) and isinstance(count, int) and period > 0:
+        raw["layer_types"] = _repeated(count, period)
+    elif isinstance(types, list) and period is None:
+        for period in range(1, len(types) + 2):
+            if types == _repeated(len(types), period):
+                raw["sliding_window_pattern"] = period
+                return
+
+
+def _repeated(count: int, period: int) -> list[str]:
+    return ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(count)]
+
+
+def _yarn_attention_factor(scaling: Raw) -> float:
+    """YaRN's attention factor, by default 0.1 ln(factor) + 1 (https://arxiv.org/abs/2309.00071, section 3.4)."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)

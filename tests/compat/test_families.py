@@ -1,0 +1,93 @@
+"""Every family on whatever transformers is installed: exactly what the newest version gives, or a refusal that says why.
+
+The answers of the newest version are made on the spot where that is what is installed; in the environments of older ones
+(see `tests/matrix.py`), ``AIRLLM_NB_FAMILIES`` names the folder where they have been made.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import versions
+from airllm_nb.compat.classic import classic
+from airllm_nb.errors import UnsupportedError
+
+INSTALLED = versions.installed()
+NEWEST = versions.TESTED[-1]
+CLOSE = 1e-4  # float32 logits of about 10: versions add up in different orders
+DTYPE = "dtype" if INSTALLED >= (5,) else "torch_dtype"
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """Return a function that gives the folder of a family: ``classic/``, ``v5/`` and ``expected.safetensors``."""
+    made = os.environ.get("AIRLLM_NB_FAMILIES")
+
+    def get(name):
+        if made:
+            return Path(made) / name
+        if transformers.__version__ != NEWEST:
+            pytest.skip(f"what is right is what transformers {NEWEST} gives: run tests/matrix.py")
+        folder = tmp_path_factory.getbasetemp() / "families" / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            families.make(folder, name)
+        return folder
+
+    return get
+
+
+def answers(model):
+    for kind in families.PROMPTS:
+        ids = families.prompt(kind)
+        with torch.no_grad():
+            yield f"{kind}.logits", model(ids).logits
+        yield f"{kind}.tokens", families.greedy(model, ids)
+
+
+@pytest.mark.parametrize("style", families.STYLES)
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_exact_or_refused(family, name, style):
+    folder = family(name) / style
+    raw = json.loads((folder / "config.json").read_text())
+    unmet = list(versions.unmet(classic(raw), INSTALLED))
+    if unmet:
+        with pytest.raises(UnsupportedError) as refusal:
+            LayeredModel.from_pretrained(folder, device="cpu", dtype="float32")
+        assert unmet[0].what in refusal.value.cause
+        assert f'%pip install -U "transformers>={versions.dotted(unmet[0].exact)}"' in refusal.value.remedy
+        return
+    expected = load_file(folder.parent / "expected.safetensors")
+    least = plan(folder, device="cpu", dtype="float32").least
+    with (
+        LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as resident,
+        LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=least) as streamed,
+    ):
+        for (key, one), (_, other) in zip(answers(resident), answers(streamed), strict=True):
+            assert torch.equal(one, other), key
+            assert torch.allclose(one, expected[key], rtol=0, atol=CLOSE), f"{key}: {(one - expected[key]).abs().max()}"
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_bit_for_bit_what_the_installed_version_computes(family, name):
+    """With a config.json that the installed version reads as it is, nothing may differ from its own ``from_pretrained``."""
+    folder = family(name) / "classic"
+    raw = json.loads((folder / "config.json").read_text())
+    if any(versions.unmet(raw, INSTALLED)):
+        pytest.skip("refused on this version")
+    from airllm_nb.compat.config import in_words_of
+
+    if in_words_of(raw, INSTALLED) is not raw:
+        pytest.skip("this version needs a rewritten config.json")
+    attention = {"attn_implementation": "eager"} if raw.get("attn_logit_softcapping") and transformers.__version__ != NEWEST else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **{DTYPE: torch.float32}, **attention).eval()
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as ours:
+        for (key, one), (_, other) in zip(answers(ours), answers(theirs), strict=True):
+            assert torch.equal(one, other), key

@@ -1,0 +1,74 @@
+"""Run the tests that depend on the version of transformers in real environments: ``python tests/matrix.py [VERSION ...]``.
+
+Each environment is a virtual environment of its own that has one version of transformers and what that needs; everything else,
+PyTorch among it, it borrows from the environment that runs this script, which has the newest version and says what is right.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+from airllm_nb.compat import versions
+
+TESTS = Path(__file__).parent
+BELOW_THE_FLOOR = "4.40.2"
+CHECKS = ["compat", "engine/test_parity.py"]
+NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
+
+
+def main(wanted: list[str]) -> int:
+    """Build each environment and run its tests; returns the number of those that fail."""
+    folder = Path(os.environ.get("AIRLLM_NB_MATRIX") or tempfile.mkdtemp())
+    print(f"Making the checkpoints of every family with transformers {versions.TESTED[-1]}", flush=True)
+    answers = folder / "families"
+    if not answers.exists():
+        run([sys.executable, "-c", "import sys, pathlib, families; families.make_all(pathlib.Path(sys.argv[1]))", str(answers)])
+    failed = [version for version in wanted or [BELOW_THE_FLOOR, *versions.TESTED[:-1]] if not check(version, folder, answers)]
+    print(f"{'Failed: ' + ', '.join(failed) if failed else 'All versions passed.'}", flush=True)
+    return len(failed)
+
+
+def check(version: str, folder: Path, answers: Path) -> bool:
+    """Make the environment of one version and run the tests in it."""
+    begin = time.monotonic()
+    python = environment(folder / version, version)
+    built = time.monotonic()
+    tests = ["compat/test_floor.py"] if version == BELOW_THE_FLOOR else CHECKS
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / test) for test in tests)]
+    if version == versions.TESTED[0] and NOTEBOOK.exists():
+        command.append(str(NOTEBOOK))
+    passed = run(command, AIRLLM_NB_FAMILIES=str(answers), check=False)
+    print(f"transformers {version}: built in {built - begin:.0f} s, tested in {time.monotonic() - built:.0f} s", flush=True)
+    return passed
+
+
+def environment(folder: Path, version: str) -> Path:
+    """Return the interpreter of an environment with one version of transformers, made if it is not there yet."""
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if python.exists():
+        return python
+    venv.create(folder, with_pip=False)
+    own = Path(subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip())
+    borrowed = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
+    (own / "borrowed.pth").write_text(f"import site; {borrowed}\n")  # after its own packages
+    install = ["install", "-q", "--no-warn-conflicts", "--disable-pip-version-check", f"transformers=={version}"]
+    run([sys.executable, "-m", "pip", "--python", str(python), *install])
+    return python
+
+
+def run(command: list[str], *, check: bool = True, **environ: str) -> bool:
+    """Run a command as the tests need it; returns whether it succeeded."""
+    paths = os.pathsep.join((str(TESTS), str(TESTS / "compat")))
+    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return subprocess.run(command, check=check, env=os.environ | settings | environ, cwd=TESTS.parent).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
