@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny import aligned
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import versions
@@ -87,7 +88,7 @@ def test_bit_for_bit_what_the_installed_version_computes(family, name):
     if in_words_of(raw, INSTALLED) is not raw:
         pytest.skip("this version needs a rewritten config.json")
     attention = {"attn_implementation": "eager"} if raw.get("attn_logit_softcapping") and transformers.__version__ != NEWEST else {}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **{DTYPE: torch.float32}, **attention).eval()
+    theirs = aligned(transformers.AutoModelForCausalLM.from_pretrained(folder, **{DTYPE: torch.float32}, **attention)).eval()
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as ours:
         for (key, one), (_, other) in zip(answers(ours), answers(theirs), strict=True):
             assert torch.equal(one, other), key
