@@ -1,11 +1,14 @@
 """Run the tests that depend on the version of transformers in real environments: ``python tests/matrix.py [VERSION ...]``.
 
+With ``--measure``, write how wrong plain transformers is in each version, for the notebook about it.
+
 Each environment is a virtual environment of its own that has one version of transformers and what that needs; everything else,
 PyTorch among it, it borrows from the environment that runs this script, which has the newest version and says what is right.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import site
 import subprocess
@@ -19,6 +22,10 @@ from airllm_nb.compat import versions
 
 TESTS = Path(__file__).parent
 BELOW_THE_FLOOR = "4.40.2"
+SETTINGS = {
+    "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+}  # fmt: skip
 CHECKS = ["compat", "engine/test_parity.py"]
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 
@@ -29,10 +36,21 @@ def main(wanted: list[str]) -> int:
     print(f"Making the checkpoints of every family with transformers {versions.TESTED[-1]}", flush=True)
     answers = folder / "families"
     if not answers.exists():
-        run([sys.executable, "-c", "import sys, pathlib, families; families.make_all(pathlib.Path(sys.argv[1]))", str(answers)])
+        run([sys.executable, str(TESTS / "compat" / "families.py"), str(answers)])
+    if "--measure" in wanted:
+        found = {version: measure(version, folder, answers) for version in versions.TESTED}
+        versions.MEASURED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return 0
     failed = [version for version in wanted or [BELOW_THE_FLOOR, *versions.TESTED[:-1]] if not check(version, folder, answers)]
     print(f"{'Failed: ' + ', '.join(failed) if failed else 'All versions passed.'}", flush=True)
     return len(failed)
+
+
+def measure(version: str, folder: Path, answers: Path) -> object:
+    """Return what `compat/measured.py` finds in the environment of one version."""
+    python = Path(sys.executable) if version == versions.TESTED[-1] else environment(folder / version, version)
+    output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers], env=os.environ | SETTINGS)
+    return json.loads(output.splitlines()[-1])
 
 
 def check(version: str, folder: Path, answers: Path) -> bool:
@@ -65,9 +83,7 @@ def environment(folder: Path, version: str) -> Path:
 
 def run(command: list[str], *, check: bool = True, **environ: str) -> bool:
     """Run a command as the tests need it; returns whether it succeeded."""
-    paths = os.pathsep.join((str(TESTS), str(TESTS / "compat")))
-    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(command, check=check, env=os.environ | settings | environ, cwd=TESTS.parent).returncode == 0
+    return subprocess.run(command, check=check, env=os.environ | SETTINGS | environ, cwd=TESTS.parent).returncode == 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the table of supported versions into the README: ``python tests/refresh_readme.py``. It is the one that the guards use."""
+"""Write the table that the guards use into the README: ``python tests/refresh_readme.py``."""
 
 from __future__ import annotations
 

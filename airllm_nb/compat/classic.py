@@ -48,9 +48,7 @@ def classic(raw: Raw) -> Raw:
         ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and the like in place of ``rope_parameters``; ``torch_dtype``
         in place of ``dtype``; the names in `RENAMED`.
     """
-    result = {
-        key: classic(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in raw.items()
-    }
+    result = {key: classic(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in raw.items()}
     if "dtype" in result:
         result.setdefault("torch_dtype", result.pop("dtype"))
     if isinstance(parameters := result.pop("rope_parameters", None), dict):
@@ -112,7 +110,7 @@ def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
     kind = rope_type(scaling)
     if kind and raw.get("model_type") in NO_HEAD_DIM and not raw.get("head_dim"):
         raw = raw | {"head_dim": raw.get("hidden_size", 4096) // raw.get("num_attention_heads", 32)}
-    if strict and kind in SCALING_KEYS:
+    if strict and kind in SCALING_KEYS and isinstance(scaling, dict):
         return raw | {"rope_scaling": {"type": kind} | {key: scaling[key] for key in SCALING_KEYS[kind] if key in scaling}}
     if kind != "yarn" or not isinstance(scaling, dict):
         return raw
@@ -154,11 +152,11 @@ def _scaling(parameters: Raw) -> Raw | None:
     }
     if kind is None and not rest:
         return None
-    return {"rope_type": kind or "default", "type": kind or "default", **rest}  # some versions read only the one, some the other
+    return {"rope_type": kind or "default", **rest}
 
 
 def _original(parameters: Raw) -> Raw:
-    """longrope's original context stands beside ``rope_scaling`` in version 4, not in it."""
+    """Return the original context of longrope, which stands beside ``rope_scaling`` in version 4, not in it."""
     original = parameters.get("original_max_position_embeddings")
     return {"original_max_position_embeddings": original} if original and rope_type(parameters) == "longrope" else {}
 

@@ -7,6 +7,7 @@ wrongly is refused by the table in `airllm_nb.compat.versions`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -58,7 +59,8 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
         understood = in_words_of(raw, versions.installed())
         if understood is raw or model_type not in CONFIG_MAPPING:
             return AutoConfig.from_pretrained(folder)
-        return CONFIG_MAPPING[model_type].from_dict(understood)
+        with quiet():  # it would warn of what was rewritten
+            return CONFIG_MAPPING[model_type].from_dict(understood)
     except Exception as error:
         raise _explain(error, raw, CONFIG_MAPPING, trust_remote_code=trust_remote_code) from error
 
@@ -130,6 +132,19 @@ def attention(config: Any) -> dict[str, str]:
     return {}
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' advice to programmers from standing on stderr, in the middle of a text."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def first_line(error: Exception) -> str:
     """Return what an error of transformers says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -153,12 +168,12 @@ def _refuse_rope(plain: Raw, version: Version) -> None:
     known = sorted({*ROPE_INIT_FUNCTIONS, *OLD_ROPE_TYPES})
     if kind not in known:
         raise UnsupportedError(
-            f"config.json asks for a rotary embedding of type {kind!r}, and {versions.installed_text()} has {', '.join(known)}.",
-            "Correct rope_scaling (rope_parameters) in config.json, or try  %pip install -U transformers  and restart the kernel.",
+            f"config.json asks for a rotary embedding of type {kind!r}; {versions.installed_text()} has {', '.join(known)}.",
+            "Correct rope_scaling or rope_parameters there, or try  %pip install -U transformers  and restart the kernel.",
         )
     if version < (5,) and not _reads_rope_scaling(str(plain.get("model_type"))):
         raise UnsupportedError(
-            f"{versions.installed_text()} would silently ignore the scaled rotary embedding ({kind}) of {plain.get('model_type')!r}.",
+            f"{versions.installed_text()} would silently ignore the {kind} rotary embedding of {plain.get('model_type')!r}.",
             versions.upgrade("5.0"),
         )
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from airllm_nb.compat.config import quiet
 from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.interrupts import interrupt_later
@@ -95,7 +96,7 @@ class Session:
                 import_engine()
                 from airllm_nb import LayeredModel
 
-                with _quiet():
+                with quiet():
                     if self.loaded:
                         _check(model, progress=progress, **options)
                         self._free()
@@ -138,7 +139,7 @@ class Session:
 
             how = Sampling(**sampling)
             try:
-                with _quiet():
+                with quiet():
                     inputs = generation.encode(model, prompt, system, raw=raw)
                     self.answer = generation.generate(model, inputs, how, self._new_renderer(), self._write)
             except Interrupted as stop:
@@ -183,16 +184,3 @@ def _check(model: str, *, memory: str = "auto", **options: Any) -> None:
     from airllm_nb import plan
 
     plan(model, memory=PLENTY if memory == "auto" else memory, **options)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' advice to programmers out of the cell: it would stand on stderr, in the middle of the text."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

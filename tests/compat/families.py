@@ -7,7 +7,7 @@ classic ``config.json`` and with the one that ``save_pretrained`` of the newest 
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import torch
@@ -46,8 +46,9 @@ DEEPSEEK_YARN = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GEMMA = {"head_dim": 16, "pad_token_id": 0, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 HYBRID = EXPERTS | {
-    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"] * 2, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5,
+    "head_dim": 16, "partial_rotary_factor": 0.5, "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 
 FAMILIES: dict[str, dict] = CONFIGS | {
@@ -90,7 +91,8 @@ FAMILIES: dict[str, dict] = CONFIGS | {
     },
     "deepseek-v2": _kind("deepseek_v2", topk_method="group_limited_greedy", **DEEPSEEK),
     "deepseek-v2-yarn": _kind("deepseek_v2", topk_method="group_limited_greedy", **DEEPSEEK, rope_scaling=DEEPSEEK_YARN),
-    "deepseek-v2-lite": _kind("deepseek_v2", topk_method="greedy", **DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek-v2-lite": _kind("deepseek_v2", topk_method="greedy",
+                              **DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek-v3": _kind("deepseek_v3", norm_topk_prob=True, **DEEPSEEK),
     "deepseek-v3-yarn": _kind("deepseek_v3", norm_topk_prob=True, **DEEPSEEK, rope_scaling=DEEPSEEK_YARN),
     "gpt-oss": _kind("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, rope_theta=150000.0,
@@ -132,7 +134,7 @@ def prompt(name: str) -> torch.Tensor:
 def greedy(model, ids: torch.Tensor) -> torch.Tensor:
     """Return exactly NEW_TOKENS new ids for each row."""
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 257}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1]:]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
 
 
 def make(folder: Path, name: str) -> None:
@@ -155,8 +157,6 @@ def make(folder: Path, name: str) -> None:
     save_file(expected, folder / "expected.safetensors", {"format": "pt", "transformers": transformers.__version__})
 
 
-def make_all(folder: Path) -> None:
-    """Make every family below `folder`."""
-    for name in FAMILIES:
-        make(folder / name, name)
-    (folder / "families.json").write_text(json.dumps(list(FAMILIES)))
+if __name__ == "__main__":
+    for family in FAMILIES:
+        make(Path(sys.argv[1]) / family, family)

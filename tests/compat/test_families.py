@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import families
+import measured
 import pytest
 import torch
 import transformers
@@ -87,8 +88,19 @@ def test_bit_for_bit_what_the_installed_version_computes(family, name):
 
     if in_words_of(raw, INSTALLED) is not raw:
         pytest.skip("this version needs a rewritten config.json")
-    attention = {"attn_implementation": "eager"} if raw.get("attn_logit_softcapping") and transformers.__version__ != NEWEST else {}
-    theirs = aligned(transformers.AutoModelForCausalLM.from_pretrained(folder, **{DTYPE: torch.float32}, **attention)).eval()
+    options = {DTYPE: torch.float32}
+    if raw.get("attn_logit_softcapping") and transformers.__version__ != NEWEST:  # all else ignores it, see the README
+        options["attn_implementation"] = "eager"
+    theirs = aligned(transformers.AutoModelForCausalLM.from_pretrained(folder, **options)).eval()
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as ours:
         for (key, one), (_, other) in zip(answers(ours), answers(theirs), strict=True):
             assert torch.equal(one, other), key
+
+
+@pytest.mark.skipif(transformers.__version__ not in versions.TESTED, reason="the notebook shows the tested versions")
+def test_the_notebook_says_how_wrong_plain_transformers_is(family):
+    said = json.loads(versions.MEASURED.read_text())[transformers.__version__]
+    folder = {family(name).parent for name, _ in measured.CASES.values()}.pop()
+    for title, found in measured.measure(folder).items():
+        assert found["airllm_nb"] == said[title]["airllm_nb"]
+        assert found["transformers"] == pytest.approx(said[title]["transformers"], abs=1e-3), title

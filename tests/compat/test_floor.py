@@ -6,6 +6,8 @@ from airllm_nb.compat import versions
 from airllm_nb.errors import AirLLMError
 
 
-@pytest.mark.skipif(versions.installed() >= versions.FLOOR, reason="needs a transformers below the floor: tests/matrix.py has one")
+@pytest.mark.skipif(
+    versions.installed() >= versions.FLOOR, reason="needs a transformers below the floor: tests/matrix.py has one"
+)
 def test_nothing():
     raise AirLLMError("", "")
