@@ -100,9 +100,14 @@ def text_config(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
+def field(config: Any, name: str) -> Any:
+    """Return a field of a config, None where it has none; of one that differs between layers, the value for all others."""
+    return getattr(config, name, None) if name not in vars(config) else vars(config)[name]
+
+
 def attention(config: Any) -> dict[str, str]:
     """Return the ``attn_implementation`` argument that the config needs to be exact, if it needs one."""
-    if getattr(text_config(config), "attn_logit_softcapping", None) and versions.installed() < SOFTCAP_EXACT:
+    if field(text_config(config), "attn_logit_softcapping") and versions.installed() < SOFTCAP_EXACT:
         return {"attn_implementation": "eager"}
     return {}
 

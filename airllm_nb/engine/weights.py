@@ -27,6 +27,16 @@ class Place(NamedTuple):
     is_buffer: bool
 
 
+class Parameter(NamedTuple):
+    """What a group must hold: a parameter by name, and where in a line of `ALIGN` bytes it has to begin (`phase`)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+    phase: int = 0
+
+
 @dataclass(frozen=True)
 class Weight:
     """One parameter in a flat buffer: `nbytes` from `offset`. A tied one has several places in the model."""
@@ -46,7 +56,7 @@ class WeightGroup:
     ----------
     name : str
         Module path of the layer.
-    parameters : iterable of (name, dtype, shape, places)
+    parameters : iterable of Parameter
         What the buffer holds. Persistent buffers count too, but stay when the group is detached.
     recipes : sequence of Recipe
         Where it comes from; together they make each parameter exactly once.
@@ -55,20 +65,23 @@ class WeightGroup:
     def __init__(
         self,
         name: str,
-        parameters: Iterable[tuple[str, torch.dtype, tuple[int, ...], tuple[Place, ...]]],
+        parameters: Iterable[Parameter],
         recipes: Sequence[Recipe],
     ) -> None:
         self.name = name
         self.recipes = recipes
         self.weights: dict[str, Weight] = {}
         offset = 0
-        for parameter, dtype, shape, places in parameters:
-            nbytes = math.prod(shape) * dtype.itemsize
-            self.weights[parameter] = Weight(parameter, dtype, shape, offset, nbytes, places)
-            offset += -(-nbytes // ALIGN) * ALIGN
-        self.nbytes = offset
+        for parameter in parameters:
+            nbytes = math.prod(parameter.shape) * parameter.dtype.itemsize
+            offset += (parameter.phase - offset) % ALIGN
+            self.weights[parameter.name] = Weight(
+                parameter.name, parameter.dtype, parameter.shape, offset, nbytes, parameter.places
+            )
+            offset += nbytes
+        self.nbytes = -(-offset // ALIGN) * ALIGN
         self._away = [
-            (place, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False))
+            (place, _parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta")))
             for weight in self.weights.values()
             for place in weight.places
             if not place.is_buffer
@@ -84,7 +97,7 @@ class WeightGroup:
     def attach(self, buffer: torch.Tensor) -> None:
         """Let the model's modules use the weights in `buffer`."""
         for name, view in self.views(buffer).items():
-            parameter = nn.Parameter(view, requires_grad=False)
+            parameter = _parameter(view)
             for place in self.weights[name].places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
 
@@ -92,6 +105,11 @@ class WeightGroup:
         """Put the parameters back on meta: the modules hold no memory. May be called at any time."""
         for place, parameter in self._away:
             place.table[place.attribute] = parameter
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad`, also where none is recorded."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 class GroupReader:
