@@ -15,6 +15,7 @@ from torch import nn
 
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import initialize, keys, versions
+from airllm_nb.engine import decoder_layers
 from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
 from airllm_nb.engine.reader import CHUNK
 from airllm_nb.engine.weights import ALIGN, Parameter, Place, WeightGroup
@@ -81,7 +82,7 @@ def build(
     recipes, owners = _untied(recipes, places, checkpoint)
     _check_complete(owners, places, folder)
 
-    layers = _decoder_layers(model)
+    layers = decoder_layers.find(model)
     members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, *layers)}
     for recipe in recipes:
         homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
@@ -177,24 +178,6 @@ def _places(model: nn.Module) -> dict[str, Place]:
                 if tensor is not None and not (is_buffer and attribute in temporary):
                     found[prefix + attribute] = Place(table, attribute, is_buffer)
     return found
-
-
-def _decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """Return the decoder layers by module path, in the order of computation.
-
-    They are what transformers itself never splits between devices (``_no_split_modules``) and counts with numbers.
-    """
-    classes = set(model._no_split_modules or ())  # noqa: SLF001
-    layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        numbered = path.rpartition(".")[2].isdigit()
-        if numbered and type(module).__name__ in classes and not any(path.startswith(f"{outer}.") for outer in layers):
-            layers[path] = module
-    if not layers:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no decoder layers that could be read one by one.", "Load it with transformers itself."
-        )
-    return layers
 
 
 def _phase(recipe: keys.Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
