@@ -96,8 +96,18 @@ def load_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool = 
 def text_config(config: Any) -> Any:
     """Return the part of transformers' config that describes the language model; itself unless the model is multimodal."""
     if hasattr(config, "get_text_config"):  # from 4.45 on
-        return config.get_text_config()
+        return config.get_text_config(decoder=True)
     return getattr(config, "text_config", config)
+
+
+def causal_config(config: Any) -> Any:
+    """Return what ``from_pretrained`` builds a causal language model from: the text part, where the model takes no more."""
+    from transformers import AutoModelForCausalLM
+
+    models = AutoModelForCausalLM._model_mapping  # noqa: SLF001
+    wanted = getattr(models[type(config)], "config_class", None) if type(config) in models else None
+    part = getattr(config, "sub_configs", {}).get("text_config")
+    return config.get_text_config() if part is wanted and part in models else config
 
 
 def field(config: Any, name: str) -> Any:

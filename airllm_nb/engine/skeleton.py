@@ -69,7 +69,8 @@ def build(
     """
     raw = read_config(folder)
     config = compat_config.load_config(folder, raw, trust_remote_code=trust_remote_code)
-    model = _empty_model(config, dtype, compat_config.attention(config), trust_remote_code=trust_remote_code)
+    own = compat_config.causal_config(config)
+    model = _empty_model(own, dtype, compat_config.attention(own), trust_remote_code=trust_remote_code)
     _load_generation_config(model, folder)
     places = _places(model)
     recipes, unused = keys.recipes(model, {name: entry.shape for name, entry in checkpoint.items()})
@@ -101,7 +102,7 @@ def build(
             for recipe in members[path]
             for target, shape in recipe.targets.items()
         )
-        return WeightGroup(path or "embedding, norm and head", parameters, members[path])
+        return WeightGroup(path or "embedding, norm and head", parameters, members[path], device)
 
     return Skeleton(model, tuple(Layer(module, group(path)) for path, module in layers.items()), group(None), unused)
 

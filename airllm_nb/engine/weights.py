@@ -60,6 +60,8 @@ class WeightGroup:
         What the buffer holds. Persistent buffers count too, but stay when the group is detached.
     recipes : sequence of Recipe
         Where it comes from; together they make each parameter exactly once.
+    device : torch.device
+        Where the layer computes.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class WeightGroup:
         name: str,
         parameters: Iterable[Parameter],
         recipes: Sequence[Recipe],
+        device: torch.device,
     ) -> None:
         self.name = name
         self.recipes = recipes
@@ -81,10 +84,7 @@ class WeightGroup:
             offset += nbytes
         self.nbytes = -(-offset // ALIGN) * ALIGN
         self._away = [
-            (place, _parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta")))
-            for weight in self.weights.values()
-            for place in weight.places
-            if not place.is_buffer
+            (place, _away(weight, device)) for weight in self.weights.values() for place in weight.places if not place.is_buffer
         ]
 
     def views(self, buffer: torch.Tensor) -> Tensors:
@@ -107,9 +107,25 @@ class WeightGroup:
             place.table[place.attribute] = parameter
 
 
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad`, also where none is recorded."""
-    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+def _parameter(tensor: torch.Tensor, kind: type[nn.Parameter] = nn.Parameter) -> nn.Parameter:
+    """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad` even where none is recorded."""
+    return kind(tensor, requires_grad=tensor.is_floating_point())
+
+
+class _Away(nn.Parameter):
+    """A parameter on meta that names the device its layer computes on: some models ask, and make their caches there."""
+
+    home: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.home
+
+
+def _away(weight: Weight, device: torch.device) -> nn.Parameter:
+    parameter = _parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), _Away)
+    parameter.home = device  # type: ignore[attr-defined]
+    return parameter
 
 
 class GroupReader:
