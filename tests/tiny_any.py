@@ -158,9 +158,9 @@ def make_any(folder: Path, model_type: str) -> Path:
     torch.manual_seed(0)
     model = _published(config).from_config(config)
     with torch.no_grad():
-        for tensor in model.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point():
-                tensor.normal_(1.0 if tensor.dim() <= 1 else 0.0, 0.2)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():  # norms around 1; an even initialisation would hide a lost layer
+                tensor.normal_(1.0 if tensor.dim() <= 1 and not name.endswith("bias") else 0.0, 0.2)
     model.save_pretrained(folder, max_shard_size="100KB")
     config.save_pretrained(folder)
     return folder

@@ -46,6 +46,8 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
                 host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
                 fill(info, layer.group, host)
                 layer.group.attach(host.to(plan.device))
+            else:
+                layer.group.detach()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
         if streamed:
             layer_groups = [layer.group for layer in skeleton.layers]

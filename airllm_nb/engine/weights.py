@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe, Tensors
+from airllm_nb.engine.away import away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.reader import CHUNK, Reader
 
@@ -84,7 +85,10 @@ class WeightGroup:
             offset += nbytes
         self.nbytes = -(-offset // ALIGN) * ALIGN
         self._away = [
-            (place, _away(weight, device)) for weight in self.weights.values() for place in weight.places if not place.is_buffer
+            (place, away(weight.name, weight.shape, weight.dtype, device))
+            for weight in self.weights.values()
+            for place in weight.places
+            if not place.is_buffer
         ]
 
     def views(self, buffer: torch.Tensor) -> Tensors:
@@ -102,30 +106,14 @@ class WeightGroup:
                 place.table[place.attribute] = view if place.is_buffer else parameter
 
     def detach(self) -> None:
-        """Put the parameters back on meta: the modules hold no memory. May be called at any time."""
+        """Let the parameters be away: the modules hold no memory. May be called at any time."""
         for place, parameter in self._away:
             place.table[place.attribute] = parameter
 
 
-def _parameter(tensor: torch.Tensor, kind: type[nn.Parameter] = nn.Parameter) -> nn.Parameter:
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad` even where none is recorded."""
-    return kind(tensor, requires_grad=tensor.is_floating_point())
-
-
-class _Away(nn.Parameter):
-    """A parameter on meta that names the device its layer computes on: some models ask, and make their caches there."""
-
-    home: torch.device
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.home
-
-
-def _away(weight: Weight, device: torch.device) -> nn.Parameter:
-    parameter = _parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), _Away)
-    parameter.home = device  # type: ignore[attr-defined]
-    return parameter
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 class GroupReader:
