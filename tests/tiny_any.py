@@ -101,7 +101,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ATTENTION_LAST},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "rwkv": {"attention_hidden_size": 64},
+    "rwkv": {"attention_hidden_size": 64, "rescale_every": 2},
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "reformer": {

@@ -20,7 +20,7 @@ TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DTYPE = "dtype" if versions.installed() >= (5,) else "torch_dtype"
 
 EXACT = "exact"
-REFUSED = "refused, as from_pretrained does"
+REFUSED = "refused, as from_pretrained does"  # on older versions: transformers itself fails, in whatever way
 NOT_TINY = "not tiny-able"
 ONLY_HERE = "refused, though from_pretrained works"
 
@@ -41,6 +41,8 @@ NOT_EXACT = {
     "musicgen_melody": (REFUSED, "as musicgen"),
 }
 ONLY_LOGITS = {"reformer": "its own generate fails: the cache that it is handed is not one of its own"}
+UNSTEADY = {"recurrent_gemma": (5, 0)}
+"""Types that this version's ``from_pretrained`` computes differently after each load: it leaves a rotary buffer uninitialised."""
 
 
 class Answer(NamedTuple):
@@ -56,6 +58,8 @@ def walk(model_type: str, folder: Path) -> str:
         make_any(folder, model_type)
     except Exception:  # noqa: BLE001  # whatever transformers' own code raises
         return NOT_TINY
+    if UNSTEADY.get(model_type) == versions.installed()[:2]:
+        return REFUSED
     try:
         expected = _reference(folder)
     except Exception:  # noqa: BLE001  # whatever transformers' own code raises
@@ -73,15 +77,15 @@ def walk(model_type: str, folder: Path) -> str:
 
 
 def _without_reference(folder: Path) -> str:
-    """Return `REFUSED`, after making sure that the engine gives no answer where transformers gives none."""
+    """Return `REFUSED`, after making sure that the engine refuses where the newest transformers does."""
     try:
         answer = _layered(folder, plan(folder, device="cpu", dtype="float32").least, generate=False)
     except AirLLMError:
         return REFUSED
     except Exception:  # noqa: BLE001  # the model's own forward, as in transformers
-        assert versions.installed() < NEWEST
-        return REFUSED
-    raise AssertionError(answer)
+        answer = None
+    assert versions.installed() < NEWEST, answer
+    return REFUSED
 
 
 def _reference(folder: Path) -> Answer:

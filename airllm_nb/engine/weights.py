@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe, Tensors
-from airllm_nb.engine.away import away
+from airllm_nb.engine.away import Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.reader import CHUNK, Reader
 
@@ -84,8 +84,9 @@ class WeightGroup:
             )
             offset += nbytes
         self.nbytes = -(-offset // ALIGN) * ALIGN
+        self._changes: dict[str, list[Change]] = {name: [] for name in self.weights}
         self._away = [
-            (place, away(weight.name, weight.shape, weight.dtype, device))
+            (place, away(weight.name, weight.shape, weight.dtype, device, self._changes[weight.name]))
             for weight in self.weights.values()
             for place in weight.places
             if not place.is_buffer
@@ -99,8 +100,11 @@ class WeightGroup:
         }
 
     def attach(self, buffer: torch.Tensor) -> None:
-        """Let the model's modules use the weights in `buffer`."""
+        """Let the model's modules use the weights in `buffer`, which has just been filled."""
         for name, view in self.views(buffer).items():
+            with torch.no_grad():
+                for function, args, kwargs in self._changes[name]:
+                    function(view, *args, **kwargs)
             parameter = _parameter(view)
             for place in self.weights[name].places:
                 place.table[place.attribute] = view if place.is_buffer else parameter

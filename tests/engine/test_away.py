@@ -9,7 +9,8 @@ from airllm_nb import LayeredModel, plan
 from airllm_nb.engine.away import away
 from airllm_nb.errors import UnsupportedError
 
-WEIGHT = away("layers.0.weight", (4, 4), torch.float32, torch.device("cpu"))
+CHANGES = []
+WEIGHT = away("layers.0.weight", (4, 4), torch.float32, torch.device("cpu"), CHANGES)
 
 
 def test_questions():
@@ -21,6 +22,16 @@ def test_questions():
     assert "4, 4" in repr(WEIGHT)
 
 
+def test_changes_are_noted():
+    CHANGES.clear()
+    assert WEIGHT.div_(2) is WEIGHT
+    WEIGHT.clamp_(min=-1)
+    changed = torch.tensor([4.0, -4.0])
+    for function, args, kwargs in CHANGES:
+        function(changed, *args, **kwargs)
+    assert changed.tolist() == [2, -1]
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -29,6 +40,7 @@ def test_questions():
         lambda: functional.linear(torch.ones(4), weight=WEIGHT),
         lambda: torch.ones(4, 4).add_(WEIGHT),
         lambda: functional.embedding(torch.arange(3), WEIGHT),
+        lambda: WEIGHT.copy_(torch.ones(4, 4)),
         lambda: WEIGHT.T,
         lambda: WEIGHT.data,
         lambda: WEIGHT[0],
