@@ -1,7 +1,9 @@
-"""What ``from_pretrained`` computes beside what it reads: transformers 5 initialises a model once more after loading it."""
+"""What ``from_pretrained`` computes beside what it reads: version 5 initialises a loaded model once more, version 4 does not."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,27 @@ import torch
 from torch import nn
 
 from airllm_nb.compat import versions
+
+
+@contextlib.contextmanager
+def uninitialised() -> Iterator[None]:
+    """Build models without initialising their parameters, as version 4's ``from_pretrained`` does; for this thread alone."""
+    from transformers import PreTrainedModel
+
+    initialise, builder = PreTrainedModel.init_weights, threading.get_ident()
+
+    def only_tie(model: Any) -> None:
+        if threading.get_ident() == builder:
+            model.tie_weights()
+        else:
+            initialise(model)
+
+    if versions.installed() < (5,):
+        PreTrainedModel.init_weights = only_tie
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = initialise
 
 
 def compute_buffers(model: Any) -> None:

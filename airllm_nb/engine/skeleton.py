@@ -141,7 +141,7 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
     argument = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
     rng = torch.random.get_rng_state()  # initialising weights that are replaced must not change the user's random numbers
     try:
-        with _building, _parameters_on_meta(), torch.device("cpu"):
+        with _building, _parameters_on_meta(), initialize.uninitialised(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **argument, **attention
             )
