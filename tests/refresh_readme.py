@@ -18,11 +18,12 @@ def table() -> str:
 
 
 def _rows() -> Iterator[str]:
-    yield f"| | {' | '.join(versions.TESTED)} |"
-    yield "|---" * (len(versions.TESTED) + 1) + "|"
+    yield f"| | exact from | {' | '.join(versions.TESTED)} |"
+    yield "|---" * (len(versions.TESTED) + 2) + "|"
     for need in (*versions.FAMILIES, *versions.FEATURES):
-        cells = ["✓" if need.met(_version(text)) else f"needs {versions.dotted(need.exact)}" for text in versions.TESTED]
-        yield f"| {need.what} | {' | '.join(cells)} |"
+        since = versions.dotted(need.exact) + (f", and before {versions.dotted(need.refused)}" if any(need.refused) else "")
+        cells = ["✓" if need.met(_version(text)) else "refused" for text in versions.TESTED]
+        yield f"| {need.what} | {since} | {' | '.join(cells)} |"
 
 
 def _version(text: str) -> versions.Version:

@@ -121,13 +121,28 @@ def refuse(raw: Raw, version: Version | None = None) -> None:
 def text_config(config: Any) -> Any:
     """Return the part of transformers' config that describes the language model; itself unless the model is multimodal."""
     if hasattr(config, "get_text_config"):  # from 4.45 on
-        return config.get_text_config()
+        return config.get_text_config(decoder=True)
     return getattr(config, "text_config", config)
+
+
+def causal_config(config: Any) -> Any:
+    """Return what ``from_pretrained`` builds a causal language model from: the text part, where the model takes no more."""
+    from transformers import AutoModelForCausalLM
+
+    models = AutoModelForCausalLM._model_mapping  # noqa: SLF001
+    wanted = getattr(models[type(config)], "config_class", None) if type(config) in models else None
+    part = getattr(config, "sub_configs", {}).get("text_config")
+    return config.get_text_config() if part is wanted and part in models else config
+
+
+def field(config: Any, name: str) -> Any:
+    """Return a field of a config, None where it has none; of one that differs between layers, the value for all others."""
+    return getattr(config, name, None) if name not in vars(config) else vars(config)[name]
 
 
 def attention(config: Any) -> dict[str, str]:
     """Return the ``attn_implementation`` argument that the config needs to be exact, if it needs one."""
-    if getattr(text_config(config), "attn_logit_softcapping", None) and versions.installed() < SOFTCAP_EXACT:
+    if field(text_config(config), "attn_logit_softcapping") and versions.installed() < SOFTCAP_EXACT:
         return {"attn_implementation": "eager"}
     return {}
 

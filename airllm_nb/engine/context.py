@@ -14,6 +14,8 @@ def length(config: Any) -> int | None:
     """Return how many tokens a model has positions for, prompt and answer together; None if it sets no limit."""
     text = text_config(config)
     limit: int | None = getattr(text, "max_position_embeddings", None)
+    if limit is not None and limit <= 0:  # XLNet's way to say that it sets none
+        return None
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     if limit is None or not isinstance(scaling, dict):
         return limit

@@ -7,6 +7,7 @@ import weakref
 
 import torch
 
+from airllm_nb.compat import initialize
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
@@ -39,11 +40,14 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
         always = torch.empty(skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
         groups.fill(skeleton.always, always, keep_cached=True)
         skeleton.always.attach(always.to(plan.device))
+        initialize.rewrite_buffers(skeleton.model)
         for layer, info in zip(skeleton.layers, plan.layers, strict=True):
             if info.resident:
                 host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
                 fill(info, layer.group, host)
                 layer.group.attach(host.to(plan.device))
+            else:
+                layer.group.detach()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
         if streamed:
             layer_groups = [layer.group for layer in skeleton.layers]

@@ -113,7 +113,7 @@ class LayeredModel:
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
         chosen, number, reasons = choose(checkpoint, device, dtype)
-        skeleton = build(path, checkpoint, number, trust_remote_code=trust_remote_code)
+        skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
         decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)

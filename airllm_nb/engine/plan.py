@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from airllm_nb.compat.config import text_config
+from airllm_nb.compat.config import field, text_config
 from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
@@ -111,7 +111,7 @@ def plan(
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
     chosen, number, reasons = choose(checkpoint, device, dtype)
-    skeleton = build(folder, checkpoint, number, trust_remote_code=trust_remote_code)
+    skeleton = build(folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
     return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
 
 
@@ -183,10 +183,10 @@ def make_plan(
 def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
     """Estimate the KV cache of one conversation: keys and values of each layer, KV head and token."""
     text = text_config(config)
-    heads = getattr(text, "num_attention_heads", None) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", None) or 4096) // heads
-    tokens = min(getattr(text, "max_position_embeddings", None) or CACHED_TOKENS, CACHED_TOKENS)
+    heads = field(text, "num_attention_heads") or 1
+    kv_heads = field(text, "num_key_value_heads") or heads
+    width = field(text, "head_dim") or (field(text, "hidden_size") or 4096) // heads
+    tokens = min(field(text, "max_position_embeddings") or CACHED_TOKENS, CACHED_TOKENS)
     return 2 * layers * kv_heads * width * tokens * dtype.itemsize
 
 

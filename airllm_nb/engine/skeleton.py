@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from airllm_nb.compat import config as compat_config
-from airllm_nb.compat import keys, versions
+from airllm_nb.compat import initialize, keys, versions
+from airllm_nb.engine import decoder_layers
 from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
 from airllm_nb.engine.reader import CHUNK
-from airllm_nb.engine.weights import Place, WeightGroup
+from airllm_nb.engine.weights import ALIGN, Parameter, Place, WeightGroup
 from airllm_nb.errors import CheckpointError, UnsupportedError
 
 # Buffers that old checkpoints carry and that the model computes itself.
@@ -54,7 +55,9 @@ class Skeleton:
     unused: list[str]
 
 
-def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
+def build(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Skeleton:
     """Build the model of a checkpoint and plan where each weight comes from.
 
     Raises
@@ -66,18 +69,21 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_rem
     """
     raw = read_config(folder)
     config = compat_config.load_config(folder, raw, trust_remote_code=trust_remote_code)
-    model = _empty_model(config, dtype, compat_config.attention(config), trust_remote_code=trust_remote_code)
+    own = compat_config.causal_config(config)
+    model = _empty_model(own, dtype, compat_config.attention(own), trust_remote_code=trust_remote_code)
     _load_generation_config(model, folder)
     places = _places(model)
     recipes, unused = keys.recipes(model, {name: entry.shape for name, entry in checkpoint.items()})
     ignored = [COMPUTED, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
+    if type(model.config) is not type(config):  # the text model alone of a multimodal checkpoint: the rest has no place in it
+        unused = []
     wanted = model.state_dict()
     _check_shapes(recipes, wanted, unused)
     recipes, owners = _untied(recipes, places, checkpoint)
     _check_complete(owners, places, folder)
 
-    layers = _decoder_layers(model)
+    layers = decoder_layers.find(model)
     members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, *layers)}
     for recipe in recipes:
         homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
@@ -86,16 +92,17 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_rem
 
     def group(path: str | None) -> WeightGroup:
         parameters = (
-            (
+            Parameter(
                 target,
-                torch.float32 if keeps_float32(target) else wanted[target].dtype,
+                number := torch.float32 if keeps_float32(target) else wanted[target].dtype,
                 shape,
                 tuple(places[name] for name in owners[target]),
+                _phase(recipe, checkpoint, number) if device.type == "cpu" else 0,
             )
             for recipe in members[path]
             for target, shape in recipe.targets.items()
         )
-        return WeightGroup(path or "embedding, norm and head", parameters, members[path])
+        return WeightGroup(path or "embedding, norm and head", parameters, members[path], device)
 
     return Skeleton(model, tuple(Layer(module, group(path)) for path, module in layers.items()), group(None), unused)
 
@@ -134,11 +141,11 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
     argument = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
     rng = torch.random.get_rng_state()  # initialising weights that are replaced must not change the user's random numbers
     try:
-        with _building, _parameters_on_meta(), torch.device("cpu"):
+        with _building, _parameters_on_meta(), initialize.uninitialised(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **argument, **attention
             )
-            _recompute_buffers(model)
+            initialize.compute_buffers(model)
         model.tie_weights()
     except Exception as error:  # whatever the model's own code finds wrong with the config
         raise UnsupportedError(
@@ -148,15 +155,6 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: dict[str, str], *, 
     finally:
         torch.random.set_rng_state(rng)
     return model.eval()
-
-
-def _recompute_buffers(model: Any) -> None:
-    """Compute temporary buffers as transformers 5's ``from_pretrained`` does: in their own dtype, not in the model's."""
-    if versions.installed() >= (5,):
-        with torch.no_grad():
-            for module in model.modules():
-                if module._non_persistent_buffers_set:  # noqa: SLF001
-                    model._init_weights(module)  # noqa: SLF001
 
 
 def _load_generation_config(model: Any, folder: Path) -> None:
@@ -183,22 +181,14 @@ def _places(model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def _decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """Return the decoder layers by module path, in the order of computation.
+def _phase(recipe: keys.Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Return where in a cache line a tensor begins that ``from_pretrained`` would map from its file rather than copy.
 
-    They are what transformers itself never splits between devices (``_no_split_modules``) and counts with numbers.
+    Some CPU kernels (a matrix with few rows times a vector) add up in an order that depends on it.
     """
-    classes = set(model._no_split_modules or ())  # noqa: SLF001
-    layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        numbered = path.rpartition(".")[2].isdigit()
-        if numbered and type(module).__name__ in classes and not any(path.startswith(f"{outer}.") for outer in layers):
-            layers[path] = module
-    if not layers:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no decoder layers that could be read one by one.", "Load it with transformers itself."
-        )
-    return layers
+    entry = checkpoint[recipe.sources[0]]
+    mapped = recipe.convert is None and entry.dtype == dtype and entry.offset % dtype.itemsize == 0
+    return entry.offset % ALIGN if mapped else 0
 
 
 def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The read-ahead window: reads the layers that stream, in the order they will compute, on a thread of its own.
 
-The order is a hint. After the last layer comes the first one of the next token; a layer may also be skipped, repeated or called
-out of order, and is then read on demand.
+The order is a guess: at first that of the model's own lists, and after the last layer the first one of the next token; then
+whatever came after each layer the last time (a picture's layers do not compute for a text). A wrong guess is read on demand.
 
 The computing thread is the one that an interrupt can hit between any two bytecodes. It therefore never waits in a
 ``threading.Condition`` (an interrupt in its ``wait`` can lose the lock), every change of state is a single assignment, and locks
@@ -44,6 +44,7 @@ class WeightStream:
         self._fill = fill
         self._slots = list(slots)
         self._states: list[State] = [FREE] * len(slots)
+        self._last: int | None = None  # what was taken last
         self._wanted: int | None = None  # what the computation waits for
         self._next: int | None = self._order[0]  # where reading ahead goes on; None: nowhere, until the next `take`
         self._failed: tuple[int, BaseException] | None = None
@@ -73,6 +74,9 @@ class WeightStream:
         with self._lock:
             self._failed = None
             self._wanted = index
+            if self._last is not None:
+                self._successor[self._last] = index
+            self._last = index
             self._next = self._successor[index]
         self._work.put(None)
         while True:
@@ -108,7 +112,7 @@ class WeightStream:
             if state == "used":
                 self.give_back(index)
         with self._lock:
-            self._wanted = None
+            self._wanted = self._last = None
             if self._failed is None:
                 self._next = self._order[0]
         self._work.put(None)
@@ -163,14 +167,23 @@ class WeightStream:
                 self._states[ready[0]] = FREE  # read ahead in vain: the order was not as predicted
                 number = self._fitting(wanted)
             return None if number is None else (wanted, number)
+        upcoming = self._upcoming()
+        for number, (state, index) in enumerate(self._states):
+            if state == "ready" and upcoming and index not in (wanted, *upcoming):
+                self._states[number] = FREE
         held = {index for state, index in self._states if state != "free"}
+        following = next((index for index in upcoming if index not in held), None)
+        free = None if following is None else self._fitting(following)
+        return None if following is None or free is None else (following, free)
+
+    def _upcoming(self) -> list[int]:
+        """Return the layers that come next, as far as guessed, no more than there are slots."""
+        layers: list[int] = []
         index = self._next
-        while index is not None and index in held:
+        while index is not None and index not in layers and len(layers) < len(self._slots):
+            layers.append(index)
             index = self._successor[index]
-            if index == self._next:  # all are held
-                return None
-        number = None if index is None else self._fitting(index)
-        return None if index is None or number is None else (index, number)
+        return layers
 
     def _slot_of(self, state: str, index: int) -> int | None:
         return next((number for number, held in enumerate(self._states) if held == (state, index)), None)

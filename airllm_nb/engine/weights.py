@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe, Tensors
+from airllm_nb.engine.away import Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.reader import CHUNK, Reader
 
@@ -25,6 +26,16 @@ class Place(NamedTuple):
     table: dict[str, torch.Tensor | None]
     attribute: str
     is_buffer: bool
+
+
+class Parameter(NamedTuple):
+    """What a group must hold: a parameter by name, and where in a line of `ALIGN` bytes it has to begin (`phase`)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+    phase: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,29 +57,36 @@ class WeightGroup:
     ----------
     name : str
         Module path of the layer.
-    parameters : iterable of (name, dtype, shape, places)
+    parameters : iterable of Parameter
         What the buffer holds. Persistent buffers count too, but stay when the group is detached.
     recipes : sequence of Recipe
         Where it comes from; together they make each parameter exactly once.
+    device : torch.device
+        Where the layer computes.
     """
 
     def __init__(
         self,
         name: str,
-        parameters: Iterable[tuple[str, torch.dtype, tuple[int, ...], tuple[Place, ...]]],
+        parameters: Iterable[Parameter],
         recipes: Sequence[Recipe],
+        device: torch.device,
     ) -> None:
         self.name = name
         self.recipes = recipes
         self.weights: dict[str, Weight] = {}
         offset = 0
-        for parameter, dtype, shape, places in parameters:
-            nbytes = math.prod(shape) * dtype.itemsize
-            self.weights[parameter] = Weight(parameter, dtype, shape, offset, nbytes, places)
-            offset += -(-nbytes // ALIGN) * ALIGN
-        self.nbytes = offset
+        for parameter in parameters:
+            nbytes = math.prod(parameter.shape) * parameter.dtype.itemsize
+            offset += (parameter.phase - offset) % ALIGN
+            self.weights[parameter.name] = Weight(
+                parameter.name, parameter.dtype, parameter.shape, offset, nbytes, parameter.places
+            )
+            offset += nbytes
+        self.nbytes = -(-offset // ALIGN) * ALIGN
+        self._changes: dict[str, list[Change]] = {name: [] for name in self.weights}
         self._away = [
-            (place, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False))
+            (place, away(weight.name, weight.shape, weight.dtype, device, self._changes[weight.name]))
             for weight in self.weights.values()
             for place in weight.places
             if not place.is_buffer
@@ -82,16 +100,24 @@ class WeightGroup:
         }
 
     def attach(self, buffer: torch.Tensor) -> None:
-        """Let the model's modules use the weights in `buffer`."""
+        """Let the model's modules use the weights in `buffer`, which has just been filled."""
         for name, view in self.views(buffer).items():
-            parameter = nn.Parameter(view, requires_grad=False)
+            with torch.no_grad():
+                for function, args, kwargs in self._changes[name]:
+                    function(view, *args, **kwargs)
+            parameter = _parameter(view)
             for place in self.weights[name].places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
 
     def detach(self) -> None:
-        """Put the parameters back on meta: the modules hold no memory. May be called at any time."""
+        """Let the parameters be away: the modules hold no memory. May be called at any time."""
         for place, parameter in self._away:
             place.table[place.attribute] = parameter
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad` even where none is recorded."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 class GroupReader:

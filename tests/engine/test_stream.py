@@ -69,7 +69,20 @@ def test_reads_ahead_and_around(make):
     assert disk.reads == ([0, 1, 2, 3] * 4)[:14]  # each layer once a pass, and the first two of the next
 
 
-@pytest.mark.parametrize("order", [[3, 1], [0, 0, 2], [2, 1, 0, 3], [1, 1, 1], [3, 2, 1, 0] * 3])
+def test_the_order_is_learned(make):
+    disk = Disk()
+    stream = make(disk, layers=6)
+    for index in [2, 5, 3] * 2:
+        assert use(stream, index) == index
+    wait_for(lambda: stream._slot_of("ready", 2) is not None and stream._slot_of("ready", 5) is not None)
+    disk.reads.clear()
+    for index in [2, 5, 3] * 2:
+        assert use(stream, index) == index
+    wait_for(lambda: len(disk.reads) == 6)
+    assert disk.reads == [3, 2, 5] * 2  # nothing in vain
+
+
+@pytest.mark.parametrize("order", [[3, 1], [0, 0, 2], [2, 1, 0, 3], [1, 1, 1], [3, 2, 1, 0] * 3, [0, 1, 0, 1, 2, 3] * 3])
 def test_any_order(make, order):
     stream = make(Disk())
     assert [use(stream, index) for index in order] == order

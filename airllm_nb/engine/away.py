@@ -1,0 +1,67 @@
+"""What stands in for a parameter while its layer is not in memory: it answers questions, notes changes, refuses to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from airllm_nb.errors import UnsupportedError
+
+# What may be asked of a tensor without its values.
+QUESTIONS = frozenset((
+    "__get__", "__set__", "__hash__", "__repr__", "__len__", "dim", "element_size", "is_complex", "is_contiguous",
+    "is_floating_point", "ndimension", "nelement", "numel", "requires_grad_", "size", "stride",
+))  # fmt: skip
+
+Change = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A function that changes a tensor in place, and its further arguments."""
+
+
+class Away(nn.Parameter):
+    """A parameter on meta. A change in place by numbers (RWKV rescales its layers) is noted in `changes`, to be made later.
+
+    PyTorch itself would not do: a linear layer whose weight is on meta returns memory that nobody has written to. And some models
+    ask a layer's weight where it is, to make their caches there.
+    """
+
+    label: str
+    home: torch.device
+    changes: list[Change]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where its layer computes."""
+        return self.home
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], _types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
+                answer = func(*args, **(kwargs or {}))
+            if func.__name__ != "__get__" or not isinstance(answer, torch.Tensor):
+                return answer
+        values = (*args[1:], *(kwargs or {}).values())
+        if _in_place(func) and isinstance(args[0], Away) and not any(isinstance(value, torch.Tensor) for value in values):
+            args[0].changes.append((func, args[1:], dict(kwargs or {})))
+            return args[0]
+        names = [value.label for value in (*args[:1], *values) if isinstance(value, Away)]
+        raise UnsupportedError(
+            f"This model uses {', '.join(names) or 'a weight'} outside of the layer it belongs to, while that is not in memory.",
+            "Load it with memory= large enough for all layers to stay.",
+        )
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    return func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+def away(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, changes: list[Change]) -> Away:
+    """Return the stand-in for a parameter that computes on `device`; notes what should be changed in `changes`."""
+    parameter = Away(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=dtype.is_floating_point)
+    parameter.label, parameter.home, parameter.changes = name, device, changes
+    return parameter
