@@ -125,16 +125,6 @@ def text_config(config: Any) -> Any:
     return getattr(config, "text_config", config)
 
 
-def causal_config(config: Any) -> Any:
-    """Return what ``from_pretrained`` builds a causal language model from: the text part, where the model takes no more."""
-    from transformers import AutoModelForCausalLM
-
-    models = AutoModelForCausalLM._model_mapping  # noqa: SLF001
-    wanted = getattr(models[type(config)], "config_class", None) if type(config) in models else None
-    part = getattr(config, "sub_configs", {}).get("text_config")
-    return config.get_text_config() if part is wanted and part in models else config
-
-
 def field(config: Any, name: str) -> Any:
     """Return a field of a config, None where it has none; of one that differs between layers, the value for all others."""
     return getattr(config, name, None) if name not in vars(config) else vars(config)[name]

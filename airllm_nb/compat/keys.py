@@ -39,7 +39,9 @@ class Recipe:
     convert: Callable[[Tensors], Tensors] | None = None
 
 
-def recipes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Recipe], list[str]]:
+def recipes(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str] | None = None
+) -> tuple[list[Recipe], list[str]]:
     """Plan the loading of a checkpoint into a model.
 
     Parameters
@@ -48,16 +50,30 @@ def recipes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Rec
         With parameters on meta.
     shapes : mapping of str to tuple of int
         The checkpoint's tensors and their shapes.
+    names : mapping of str to str, optional
+        For a part of a checkpoint: which of its tensors count, and what they are called in a checkpoint of that part alone.
 
     Returns
     -------
     list of Recipe, list of str
         The recipes, and the names of tensors that the model has no use for.
     """
+    if names is not None:
+        found, unused = recipes(model, {alone: shapes[name] for name, alone in names.items()})
+        stored = {alone: name for name, alone in names.items()}
+        return [_from_part(recipe, stored) for recipe in found], [stored[name] for name in unused]
     wanted = model.state_dict()
     if versions.installed() < (5,):
         return _renamed(shapes, wanted, _version_4_name(model, wanted))
     return _version_5(model, shapes, wanted)
+
+
+def _from_part(recipe: Recipe, stored: Mapping[str, str]) -> Recipe:
+    """Return a recipe for a part of a checkpoint with the names that the tensors have in the whole."""
+    sources, convert = tuple(stored[name] for name in recipe.sources), recipe.convert
+    if convert is None:
+        return Recipe(sources, recipe.targets)
+    return Recipe(sources, recipe.targets, lambda tensors: convert({name: tensors[stored[name]] for name in recipe.sources}))
 
 
 def float32_names(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat import config as compat_config
-from airllm_nb.compat import initialize, keys, versions
+from airllm_nb.compat import initialize, keys, multimodal, versions
 from airllm_nb.engine import decoder_layers
 from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
 from airllm_nb.engine.reader import CHUNK
@@ -69,15 +69,15 @@ def build(
     """
     raw = read_config(folder)
     config = compat_config.load_config(folder, raw, trust_remote_code=trust_remote_code)
-    own = compat_config.causal_config(config)
+    own = multimodal.language_model(config, raw)
     model = _empty_model(own, dtype, compat_config.attention(own), trust_remote_code=trust_remote_code)
     _load_generation_config(model, folder)
     places = _places(model)
-    recipes, unused = keys.recipes(model, {name: entry.shape for name, entry in checkpoint.items()})
+    shapes = {name: entry.shape for name, entry in checkpoint.items()}
+    names = multimodal.language_names(model, shapes) if own is not config else None
+    recipes, unused = keys.recipes(model, shapes, names)
     ignored = [COMPUTED, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
-    if type(model.config) is not type(config):  # the text model alone of a multimodal checkpoint: the rest has no place in it
-        unused = []
     wanted = model.state_dict()
     _check_shapes(recipes, wanted, unused)
     recipes, owners = _untied(recipes, places, checkpoint)
