@@ -48,7 +48,7 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
     UnsupportedError
         If the installed transformers does not know the architecture, or would compute it wrongly.
     """
-    versions.require_floor()
+    versions.require_supported()
     from transformers import CONFIG_MAPPING, AutoConfig
 
     refuse(raw)

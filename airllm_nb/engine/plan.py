@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from airllm_nb.compat.config import field, text_config
+from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
@@ -107,6 +108,7 @@ def plan(
     AirLLMError
         Whatever loading would raise, as far as headers can tell.
     """
+    require_supported()
     name, model = named(model, progress)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)

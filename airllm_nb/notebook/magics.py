@@ -9,6 +9,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from traitlets import Enum, TraitError, Unicode
 
+from airllm_nb.compat import versions
 from airllm_nb.notebook import options
 from airllm_nb.notebook.complete import complete
 from airllm_nb.notebook.imports import import_engine
@@ -152,6 +153,8 @@ def load(shell: InteractiveShell) -> None:
     shell.register_magics(magics)
     for command in COMMANDS:
         shell.set_hook("complete_command", complete, str_key=command)
+    if (problem := versions.problem()) is not None:
+        print(f"{problem.cause} {problem.remedy}")
 
 
 def _configure(magics: AirLLMMagics, name: str, value: Any) -> None:
