@@ -118,6 +118,11 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
 
         print(plan(**self._model_options(arguments)))
 
+    def _doctor(self, arguments: argparse.Namespace) -> None:
+        from airllm_nb.notebook import doctor
+
+        print(doctor.text(**self._model_options(arguments)))
+
     def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": arguments.model,

@@ -103,17 +103,30 @@ def test_what_needs_transformers_gives_the_same_cause_and_remedy(said, run, cell
         ("%airllm?", "--max-new-tokens"),
         ("%airllm load --help", "--memory"),
         ("%airllm devices", "✓ cpu"),
+        ("%airllm doctor", "✓ cpu"),
+        ("%airllm doctor --help", "--memory"),
         ("%airllm status", "No model is loaded."),
         ("%airllm unload", "No model was loaded."),
         ("%unload_ext airllm_nb", ""),
     ],
 )
-def test_what_needs_no_transformers_works(said, run, cell, shows):
+@pytest.mark.usefixtures("said")
+def test_what_needs_no_transformers_works(run, cell, shows):
     run("%load_ext airllm_nb")
     succeeded, shown = run(cell)
     assert succeeded, shown
     assert shows in shown
-    assert said[0] not in shown
+
+
+@pytest.mark.parametrize("model", ["", " org/name"])
+def test_the_doctor_says_it_first(said, run, model):
+    run("%load_ext airllm_nb")
+    succeeded, shown = run(f"%airllm doctor{model}")
+    assert succeeded
+    answer, _, rest = shown.partition("\n\n")
+    assert " ".join(answer.split()).startswith(f"✗ {model.strip() or 'No model'} can{'not' if model else ''} run here: {said[0]}")
+    assert said[1].partition(",<")[0] in answer
+    assert "✗ transformers" in rest
 
 
 def test_python_gets_it_before_anything_is_fetched(said):
