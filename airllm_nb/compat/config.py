@@ -48,7 +48,7 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
     UnsupportedError
         If the installed transformers does not know the architecture, or would compute it wrongly.
     """
-    versions.require_floor()
+    versions.require_supported()
     from transformers import CONFIG_MAPPING, AutoConfig
 
     refuse(raw)
@@ -89,33 +89,40 @@ def _fit(raw: Raw, version: Version) -> Raw:
 def refuse(raw: Raw, version: Version | None = None) -> None:
     """Refuse what a version of transformers would compute wrongly, or what this engine cannot read.
 
+    Raises
+    ------
+    UnsupportedError
+        The first of `refusals`.
+    """
+    for refusal in refusals(raw, version):
+        raise refusal
+
+
+def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedError]:
+    """Yield every reason to refuse a config.json, with the version that computes it exactly, where there is one.
+
     Parameters
     ----------
     raw : dict
         ``config.json``.
     version : Version, optional
         The installed one, unless told otherwise.
-
-    Raises
-    ------
-    UnsupportedError
-        With the version that computes it exactly, where there is one.
     """
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
             "Use the checkpoint with bfloat16, float16 or float32 weights.",
         )
     version = version or versions.installed()
-    for part in _language_parts(raw):
+    for part in language_parts(raw):
         plain = classic(part)
         for need in versions.unmet(plain, version):
-            raise need.error(version)
+            yield need.error(version)
         if version < (5,) and (what := inexpressible(part)):
-            raise UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.0"))
+            yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.0"))
         if version == versions.installed():
-            _refuse_rope(plain, version)
+            yield from _rope_refusals(plain, version)
 
 
 def text_config(config: Any) -> Any:
@@ -156,30 +163,30 @@ def first_line(error: Exception) -> str:
     return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
-def _language_parts(raw: Raw) -> Iterator[Raw]:
+def language_parts(raw: Raw) -> Iterator[Raw]:
     """Yield the config, and its text part in a multimodal one."""
     yield raw
     if isinstance(text := raw.get("text_config"), dict):
         yield text
 
 
-def _refuse_rope(plain: Raw, version: Version) -> None:
-    """Refuse a rotary embedding that the installed version does not have, or not for this model."""
+def _rope_refusals(plain: Raw, version: Version) -> Iterator[UnsupportedError]:
+    """Yield the refusal of a rotary embedding that the installed version does not have, or not for this model."""
     kind = rope_type(plain.get("rope_scaling"))
     if kind is None:
         return
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     known = sorted({*ROPE_INIT_FUNCTIONS, *OLD_ROPE_TYPES})
+    model_type, installed = plain.get("model_type"), versions.installed_text()
     if kind not in known:
-        raise UnsupportedError(
-            f"config.json asks for a rotary embedding of type {kind!r}; {versions.installed_text()} has {', '.join(known)}.",
-            "Correct rope_scaling or rope_parameters there, or try  %pip install -U transformers  and restart the kernel.",
+        yield UnsupportedError(
+            f"config.json asks for a rotary embedding of type {kind!r}, which {installed} does not have.",
+            f"Write one of {', '.join(known)} there, or run  %pip install -U transformers  and restart the kernel.",
         )
-    if version < (5,) and not _reads_rope_scaling(str(plain.get("model_type"))):
-        raise UnsupportedError(
-            f"{versions.installed_text()} would silently ignore the {kind} rotary embedding of {plain.get('model_type')!r}.",
-            versions.upgrade("5.0"),
+    elif version < (5,) and not _reads_rope_scaling(str(model_type)):
+        yield UnsupportedError(
+            f"{installed} would silently ignore the scaled rotary embedding ({kind}) of {model_type!r}.", versions.upgrade("5.0")
         )
 
 

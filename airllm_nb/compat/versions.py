@@ -7,6 +7,8 @@ It was measured: logits and greedy tokens of tiny checkpoints of every family, o
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ Raw = dict[str, Any]
 
 FLOOR: Version = (4, 43)
 """The oldest version that reads Llama-3.1's rope_scaling."""
+CEILING: Version = (6,)
+"""The first version that nothing is known of: what it would compute is a guess, and so it is refused."""
 TESTED = ("4.43.4", "4.51.3", "4.57.6", "5.0.0", "5.23.0")
 """The versions of which every test run has a real environment."""
 MEASURED = Path(__file__).with_name("measured.json")
@@ -143,15 +147,28 @@ FEATURES = (
 )  # fmt: skip
 
 
+def parse(text: str) -> Version:
+    """Return ``(5, 24, 0)`` for ``"5.24.0.dev0"``: a pre-release or post-release counts as its release."""
+    numbers = re.match(r"\d+(\.\d+){0,2}", text)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
 def installed() -> Version:
-    """Return the installed version of transformers, for example ``(4, 57, 6)``, without importing it."""
-    text = importlib.metadata.version("transformers")
-    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+    """Return the installed version of transformers, for example ``(4, 57, 6)``, without importing it; ``()`` if there is none."""
+    return parse(version_of("transformers") or "")
 
 
 def installed_text() -> str:
     """Return ``"transformers 4.57.6"``."""
-    return f"transformers {importlib.metadata.version('transformers')}"
+    return f"transformers {version_of('transformers')}"
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, without importing it; None if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def dotted(version: Version) -> str:
@@ -164,17 +181,38 @@ def upgrade(minimum: str) -> str:
     return f'Run  %pip install -U "transformers>={minimum}"  and restart the kernel.'
 
 
-def require_floor() -> None:
-    """Refuse a transformers below the floor.
+def problem() -> UnsupportedError | None:
+    """Return what keeps every model from running: no transformers, one out of range, or another in memory than on disk."""
+    floor, ceiling = dotted(FLOOR), dotted(CEILING)
+    if not (version := installed()):
+        return UnsupportedError(f"transformers is not installed: airllm_nb needs {floor} or newer.", upgrade(floor))
+    # After `%pip install` in a running kernel the guards would speak of one version, and another one would compute.
+    in_memory = getattr(sys.modules.get("transformers"), "__version__", None)
+    if in_memory not in (None, version_of("transformers")):
+        return UnsupportedError(
+            f"transformers {in_memory} is in memory, and {version_of('transformers')} has been installed since.",
+            "Restart the kernel.",
+        )
+    if version < FLOOR:
+        return UnsupportedError(f"{installed_text()} is too old: airllm_nb needs {floor} or newer.", upgrade(floor))
+    if version >= CEILING:
+        return UnsupportedError(
+            f"{installed_text()} is too new: airllm_nb is tested up to {TESTED[-1]} and needs a version below {ceiling}.",
+            f'Run  %pip install "transformers>={floor},<{ceiling}"  and restart the kernel, or update airllm_nb.',
+        )
+    return None
+
+
+def require_supported() -> None:
+    """Refuse a transformers that no model can run on.
 
     Raises
     ------
     UnsupportedError
         Names the installed version, the one needed, and the command that installs it.
     """
-    if installed() < FLOOR:
-        floor = dotted(FLOOR)
-        raise UnsupportedError(f"{installed_text()} is too old: airllm_nb needs {floor} or newer.", upgrade(floor))
+    if (found := problem()) is not None:
+        raise found
 
 
 def unmet(raw: Raw, version: Version) -> Iterator[Need]:

@@ -13,6 +13,7 @@ import torch
 
 from airllm_nb.compat import cache
 from airllm_nb.compat.config import first_line
+from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.layered import make_layered
@@ -109,6 +110,7 @@ class LayeredModel:
         AirLLMError
             One of its kinds, with cause and remedy; nothing stays in memory then.
         """
+        require_supported()  # before gigabytes are fetched in vain
         name, model = named(model, progress)
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)

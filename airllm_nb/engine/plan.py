@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from airllm_nb.compat.config import field, text_config
+from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
@@ -66,18 +67,23 @@ class Plan:
     window: tuple[int, ...]
     reasons: tuple[str, ...]
 
+    @property
+    def used_nbytes(self) -> int:
+        """What weights and read-ahead buffers occupy."""
+        return self.always_nbytes + sum(layer.nbytes for layer in self.layers if layer.resident) + sum(self.window)
+
     def __str__(self) -> str:
         resident = [layer for layer in self.layers if layer.resident]
         streamed = len(self.layers) - len(resident)
         stay = f"all {len(resident)} layers stay" if not streamed else f"{len(resident)} layers stay, {streamed} stream"
         dtype = str(self.dtype).removeprefix("torch.")
         device, number, budget = self.reasons
-        used = self.always_nbytes + sum(layer.nbytes for layer in resident) + sum(self.window)
+        used, allowed, least = map(format_size, (self.used_nbytes, self.budget, self.least))
         return "\n".join((
             f"model     {self.name}",
             f"device    {self.device}  ({device})",
             f"dtype     {dtype}  ({number})",
-            f"memory    {format_size(used)} of {format_size(self.budget)}  ({budget}); at least {format_size(self.least)}",
+            f"memory    {used} of {allowed}  ({budget}); at least {least}",
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
@@ -107,6 +113,7 @@ def plan(
     AirLLMError
         Whatever loading would raise, as far as headers can tell.
     """
+    require_supported()
     name, model = named(model, progress)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.interrupts import interrupt_later
 
 
@@ -10,6 +11,19 @@ def import_engine() -> None:
 
     A torch whose import was interrupted cannot be imported again in the same process (it raises, or crashes it), so an
     interrupt takes effect when the import is over.
+
+    Raises
+    ------
+    AirLLMError
+        If a package that the engine needs is not installed.
     """
     with interrupt_later():
-        import airllm_nb.engine.model  # noqa: F401
+        try:
+            import airllm_nb.engine.model  # noqa: F401
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("airllm_nb"):
+                raise
+            raise AirLLMError(
+                f"The package {error.name} is not installed, and nothing can be computed without it.",
+                f"Run  %pip install {error.name}  and restart the kernel.",
+            ) from error

@@ -9,6 +9,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from traitlets import Enum, TraitError, Unicode
 
+from airllm_nb.compat import versions
 from airllm_nb.notebook import options
 from airllm_nb.notebook.complete import complete
 from airllm_nb.notebook.imports import import_engine
@@ -117,6 +118,11 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
 
         print(plan(**self._model_options(arguments)))
 
+    def _doctor(self, arguments: argparse.Namespace) -> None:
+        from airllm_nb.notebook import doctor
+
+        print(doctor.text(**self._model_options(arguments)))
+
     def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": arguments.model,
@@ -152,6 +158,8 @@ def load(shell: InteractiveShell) -> None:
     shell.register_magics(magics)
     for command in COMMANDS:
         shell.set_hook("complete_command", complete, str_key=command)
+    if (problem := versions.problem()) is not None:
+        print(f"{problem.cause} {problem.remedy}")
 
 
 def _configure(magics: AirLLMMagics, name: str, value: Any) -> None:

@@ -54,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message} (%airllm? shows how it is used)")
 
 
-def _model_parser(verb: str, description: str) -> Parser:
+def _model_parser(verb: str, description: str, **model: Any) -> Parser:
     parser = Parser(f"%airllm {verb}", description)
-    parser.add_argument("model", metavar="MODEL", help='hub id such as "org/name", local folder, or "demo"')
+    parser.add_argument("model", metavar="MODEL", **model, help='hub id such as "org/name", local folder, or "demo"')
     parser.option("--device", help="auto, cpu, cuda, cuda:0, mps, xpu (%%airllm devices shows which can be used)")
     parser.option("--dtype", help="auto, float32, bfloat16, float16")
     parser.option("--memory", metavar="SIZE", help='budget for weights, such as 4GB or 800MB; "auto" takes what is free')
@@ -98,12 +98,13 @@ VERBS: dict[str, Parser] = {
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
     "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
+    "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; takes the same options.", nargs="?"),
 }
+MODEL = {"load": " MODEL", "plan": " MODEL", "doctor": " [MODEL]"}
 CELL = _cell_parser()
 
 SUMMARY = "Run a language model layer by layer; it need not fit in memory.\n\n" + "\n".join(
-    f"    {parser.prog + (' MODEL' if name in ('load', 'plan') else ''):24}{parser.description}"
-    for name, parser in [*VERBS.items(), ("", CELL)]
+    f"    {parser.prog + MODEL.get(name, ''):25}{parser.description}" for name, parser in [*VERBS.items(), ("", CELL)]
 )
 HELP = "\n\n".join(
     [

@@ -9,6 +9,7 @@ from airllm_nb.engine.memory import format_size
 if TYPE_CHECKING:
     from airllm_nb import LayeredModel
     from airllm_nb.engine.devices import DeviceInfo
+    from airllm_nb.engine.plan import Plan
 
 
 def one_line(model: LayeredModel) -> str:
@@ -17,7 +18,7 @@ def one_line(model: LayeredModel) -> str:
     return f"{model.name} · {layers(model)} · {model.device} · {dtype} · {format_size(model.plan.total_nbytes)}"
 
 
-def layers(model: LayeredModel) -> str:
+def layers(model: LayeredModel | Plan) -> str:
     """Say how many layers there are, and which of them stay."""
     count = len(model.layers)
     stay = sum(layer.resident for layer in model.layers)

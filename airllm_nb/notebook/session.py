@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat.config import quiet
+from airllm_nb.compat.versions import require_supported
 from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.interrupts import interrupt_later
@@ -61,6 +62,7 @@ class Session:
     def model(self) -> LayeredModel:
         """The loaded model; raises `SessionError` if there is none."""
         if self._model is None:
+            require_supported()  # or the advice to load one would be in vain
             raise SessionError("No model is loaded.", "Load one first, for example: %airllm load demo")
         return self._model
 
@@ -90,6 +92,7 @@ class Session:
             If the user interrupts.
         """
         with self._alone():
+            require_supported()
             progress = Progress(RunState(model), self._new_renderer())
             ended: Ended = "failed"
             try:

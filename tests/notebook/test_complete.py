@@ -3,7 +3,7 @@
 import pytest
 
 CASES = [
-    ("%airllm ", {"load", "unload", "status", "devices", "plan"}, set()),
+    ("%airllm ", {"load", "unload", "status", "devices", "plan", "doctor"}, set()),
     ("%airllm lo", {"load"}, {"unload"}),
     ("%airllm load ", {"demo", "--device", "--trust-remote-code"}, {"load"}),
     ("%airllm load de", {"demo"}, {"--device"}),
@@ -11,6 +11,7 @@ CASES = [
     ("%airllm load demo --device ", {"auto", "cpu"}, {"--device", "demo"}),
     ("%airllm load demo --device=c", {"cpu"}, {"auto"}),
     ("%airllm load demo --dtype fl", {"float32", "float16"}, {"bfloat16"}),
+    ("%airllm doctor ", {"demo", "--memory", "--trust-remote-code"}, {"load"}),
     ("%airllm unload ", set(), {"demo", "load"}),
     ("%airllm nonsense ", set(), {"demo", "load"}),
     ("%%airllm --t", {"--temperature", "--top-p"}, {"--seed", "load"}),

@@ -60,7 +60,19 @@ def test_help(shell):
     assert "--max-new-tokens" in shell.run("%%airllm --help\n-")
     for magic in ("%airllm", "%%airllm"):
         text = shell.ip.object_inspect(magic)["docstring"]
-        for part in ("load", "unload", "status", "devices", "plan", "--memory", "--top-p", "--stop", "-o NAME", "Examples"):
+        for part in (
+            "load",
+            "unload",
+            "status",
+            "devices",
+            "plan",
+            "doctor [MODEL]",
+            "--memory",
+            "--top-p",
+            "--stop",
+            "-o NAME",
+            "Examples",
+        ):
             assert part in text
 
 
@@ -68,7 +80,7 @@ def test_help(shell):
     ("cell", "said"),
     [
         ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
-        ("%airllm xyzzy", "there are load, unload, status, devices, plan, and %%airllm for a prompt."),
+        ("%airllm xyzzy", "there are load, unload, status, devices, plan, doctor, and %%airllm for a prompt."),
         ("%airllm load", "required: MODEL"),
         ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),
         ("%airllm load 'x", "a quotation mark is not closed"),
