@@ -17,7 +17,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "gemma": {"hidden_act": "hidden_activation"},
     "gpt_neox": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
     "gpt_neox_japanese": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
-    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "xlm": {"bos_token_id": "bos_index", "eos_token_id": "eos_index", "pad_token_id": "pad_index"},
 }
@@ -26,7 +25,7 @@ DEFAULT_THETA = {"cohere": 500_000.0, "falcon_h1": 10_000.0, "olmo3": 500_000.0,
 """Types whose ``rope_theta`` has another default in version 4, for a config.json that does not say it."""
 PATTERNED = ("cohere2", "gemma3_text")
 """Types that had a sliding_window_pattern before they had layer_types."""
-OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text", "modernbert-decoder")
+OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text")
 """Types of version 4 with a rope_theta of its own for the layers with a sliding window."""
 NO_HEAD_DIM = ("mistral", "mixtral", "ministral")
 """Types whose scaled rotary embedding asks for a ``head_dim`` that their config.json need not have."""
@@ -49,6 +48,9 @@ def classic(raw: Raw) -> Raw:
         in place of ``dtype``; the names in `RENAMED`.
     """
     result = {key: classic(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in raw.items()}
+    for key, value in result.items():
+        if isinstance(value, list):
+            result[key] = [_number(item) for item in value]
     if "dtype" in result:
         result.setdefault("torch_dtype", result.pop("dtype"))
     if isinstance(parameters := result.pop("rope_parameters", None), dict):
@@ -124,6 +126,11 @@ def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
         "rope_scaling": rest | {"attention_factor": scaling.get("attention_factor") or _yarn_attention_factor(scaling)},
         "max_position_embeddings": original,
     }
+
+
+def _number(item: Any) -> Any:
+    """Return the number that version 5 wraps because JSON has no infinity: ``{"__float__": "Infinity"}``."""
+    return float(item["__float__"]) if isinstance(item, dict) and set(item) == {"__float__"} else item
 
 
 def _rope(parameters: Raw) -> Raw:

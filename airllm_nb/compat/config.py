@@ -24,6 +24,7 @@ CLASSIC_IN_5: tuple[tuple[Version, Callable[[Raw], bool]], ...] = (
     ((5, 2), lambda raw: raw.get("model_type") == "qwen3_moe"),  # did not know its own num_local_experts
     ((5, 8), lambda raw: raw.get("model_type") == "cohere2"),  # ignored sliding_window_pattern
     ((5, 14), lambda raw: raw.get("model_type") == "gpt_neox"),  # ignored its partial_rotary_factor
+    ((5, 14), lambda raw: raw.get("model_type") == "olmo3"),  # did not know rope_parameters of each layer type
     ((5, 20), lambda raw: rope_type(raw.get("rope_parameters")) == "dynamic"),  # the same, once the context has grown
 )
 """Before which versions of transformers 5 a config.json is read exactly with the names of version 4 only."""
@@ -51,10 +52,11 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
     versions.require_supported()
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    refuse(raw)
+    own_code = trust_remote_code and raw.get("auto_map")  # which reads its own words, at the user's own risk
+    refuse({key: value for key, value in raw.items() if key == "quantization_config"} if own_code else raw)
     model_type = raw.get("model_type")
     try:
-        if trust_remote_code and raw.get("auto_map"):  # the checkpoint's own code reads its own words
+        if own_code:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         understood = in_words_of(raw, versions.installed())
         if understood is raw or model_type not in CONFIG_MAPPING:
@@ -119,8 +121,8 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         plain = classic(part)
         for need in versions.unmet(plain, version):
             yield need.error(version)
-        if version < (5,) and (what := inexpressible(part)):
-            yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.0"))
+        if in_words_of(part, version) is not part and (what := inexpressible(part)):
+            yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.14"))
         if version == versions.installed():
             yield from _rope_refusals(plain, version)
 

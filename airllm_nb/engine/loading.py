@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from airllm_nb.compat import initialize
+from airllm_nb.compat import initialize, routing
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
@@ -41,6 +41,7 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
         groups.fill(skeleton.always, always, keep_cached=True)
         skeleton.always.attach(always.to(plan.device))
         initialize.rewrite_buffers(skeleton.model)
+        routing.refuse_negative_bias(skeleton.model)
         for layer, info in zip(skeleton.layers, plan.layers, strict=True):
             if info.resident:
                 host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
