@@ -17,6 +17,7 @@ from typing import Any
 from airllm_nb.compat import versions
 from airllm_nb.compat.classic import classic, fit_to, inexpressible, rope_type
 from airllm_nb.compat.versions import Raw, Version
+from airllm_nb.compat.wellformed import faults
 from airllm_nb.errors import UnsupportedError
 
 SOFTCAP_EXACT = (5, 23)  # before, only eager attention applies `attn_logit_softcapping` in every version
@@ -60,7 +61,7 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         understood = in_words_of(raw, versions.installed())
         if understood is raw or model_type not in CONFIG_MAPPING:
-            return AutoConfig.from_pretrained(folder)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # unless told so, it asks, and runs code at a "y"
         with quiet():  # it would warn of what was rewritten
             return CONFIG_MAPPING[model_type].from_dict(understood)
     except Exception as error:
@@ -110,21 +111,25 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
     version : Version, optional
         The installed one, unless told otherwise.
     """
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        yield UnsupportedError(
-            f"The weights of this checkpoint are quantized ({method}), which this engine does not read.",
-            "Use the checkpoint with bfloat16, float16 or float32 weights.",
-        )
+    if wrong := [*faults(raw)]:  # whoever reads on would stumble over the first one
+        remedy = "Fetch the checkpoint again, or correct the field by the model's page on the hub."
+        yield from (UnsupportedError(f"config.json has {fault}.", remedy) for fault in wrong)
+        return
     version = version or versions.installed()
     for part in language_parts(raw):
+        if quantization := part.get("quantization_config"):
+            yield UnsupportedError(
+                f"The weights of this checkpoint are quantized ({quantization.get('quant_method', '?')}), "
+                "which this engine does not read.",
+                "Use the checkpoint with bfloat16, float16 or float32 weights.",
+            )
         plain = classic(part)
         for need in versions.unmet(plain, version):
             yield need.error(version)
         if in_words_of(part, version) is not part and (what := inexpressible(part)):
             yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.14"))
         if version == versions.installed():
-            yield from _rope_refusals(plain, version)
+            yield from _rope_refusals(part, plain, version)
 
 
 def text_config(config: Any) -> Any:
@@ -172,23 +177,24 @@ def language_parts(raw: Raw) -> Iterator[Raw]:
         yield text
 
 
-def _rope_refusals(plain: Raw, version: Version) -> Iterator[UnsupportedError]:
+def _rope_refusals(part: Raw, plain: Raw, version: Version) -> Iterator[UnsupportedError]:
     """Yield the refusal of a rotary embedding that the installed version does not have, or not for this model."""
-    kind = rope_type(plain.get("rope_scaling"))
-    if kind is None:
+    own = part.get("rope_parameters") or {}
+    scalings = (plain.get("rope_scaling"), *own.values())  # version 5 may have one for each type of layer
+    if not (kinds := sorted({kind for kind in map(rope_type, scalings) if kind is not None})):
         return
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     known = sorted({*ROPE_INIT_FUNCTIONS, *OLD_ROPE_TYPES})
     model_type, installed = plain.get("model_type"), versions.installed_text()
-    if kind not in known:
+    if unknown := [kind for kind in kinds if kind not in known]:
         yield UnsupportedError(
-            f"config.json asks for a rotary embedding of type {kind!r}, which {installed} does not have.",
+            f"config.json asks for a rotary embedding of type {unknown[0]!r}, which {installed} does not have.",
             f"Write one of {', '.join(known)} there, or run  %pip install -U transformers  and restart the kernel.",
         )
     elif version < (5,) and not _reads_rope_scaling(str(model_type)):
         yield UnsupportedError(
-            f"{installed} would silently ignore the scaled rotary embedding ({kind}) of {model_type!r}.", versions.upgrade("5.0")
+            f"{installed} would silently ignore the {kinds[0]} rotary embedding of {model_type!r}.", versions.upgrade("5.0")
         )
 
 
