@@ -77,20 +77,6 @@ def make_checkpoint(
     return folder
 
 
-def aligned(model):
-    """Move a model's weights to addresses that are multiples of 64 bytes, as the engine's are.
-
-    A matrix product of one column adds up in another order where its operand begins elsewhere, and what ``from_pretrained`` maps
-    from a file begins anywhere: the last bits then differ between two places of the same file.
-    """
-    for parameter in model.parameters():
-        nbytes = parameter.numel() * parameter.element_size()
-        buffer = torch.empty(nbytes + 64, dtype=torch.uint8)
-        begin = -buffer.data_ptr() % 64
-        parameter.data = buffer[begin : begin + nbytes].view(parameter.dtype).view(parameter.shape).copy_(parameter.data)
-    return model
-
-
 def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
     """Write a byte-level tokenizer: token i is byte i, so any text is a prompt and any answer is text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -127,7 +127,8 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         for need in versions.unmet(plain, version):
             yield need.error(version)
         if in_words_of(part, version) is not part and (what := inexpressible(part)):
-            yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade("5.14"))
+            understood = "5.0" if version < (5,) else "5.14"
+            yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade(understood))
         if version == versions.installed():
             yield from _rope_refusals(part, plain, version)
 

@@ -48,9 +48,9 @@ def language_model(config: Any, raw: Raw) -> Any:
         return config
     models = AutoModelForCausalLM._model_mapping  # noqa: SLF001  # has no public form that includes other people's models
     whole = models.get(type(config), None)
-    if getattr(whole, "config_class", None) is type(text):  # transformers itself takes the text part
+    if type(text) in models and getattr(whole, "config_class", None) is type(text):  # transformers itself takes the text part
         return text
-    if config.model_type in TEXT_PARTS and type(text) in models:
+    if type(text) in models and config.model_type in TEXT_PARTS:
         if versions.installed() >= (5,) or "tie_word_embeddings" in raw:  # version 4 asks the text part, unless told otherwise
             text.tie_word_embeddings = config.tie_word_embeddings
         return text

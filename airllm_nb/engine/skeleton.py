@@ -74,7 +74,7 @@ def build(
     _load_generation_config(model, folder)
     places = _places(model)
     shapes = {name: entry.shape for name, entry in checkpoint.items()}
-    names = multimodal.language_names(model, shapes) if own is not config else None
+    names = multimodal.language_names(model, shapes) if type(model.config) is not type(config) else None
     recipes, unused = keys.recipes(model, shapes, names)
     ignored = [COMPUTED, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import aligned
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import versions
@@ -91,7 +90,7 @@ def test_bit_for_bit_what_the_installed_version_computes(family, name):
     options = {DTYPE: torch.float32}
     if raw.get("attn_logit_softcapping") and transformers.__version__ != NEWEST:  # all else ignores it, see the README
         options["attn_implementation"] = "eager"
-    theirs = aligned(transformers.AutoModelForCausalLM.from_pretrained(folder, **options)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as ours:
         for (key, one), (_, other) in zip(answers(ours), answers(theirs), strict=True):
             assert torch.equal(one, other), key
