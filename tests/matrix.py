@@ -26,17 +26,18 @@ SETTINGS = {
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = ["compat", "engine/test_parity.py"]
+CHECKS = ["compat", "engine/test_parity.py", "notebook/test_doctor.py"]
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 
 
 def main(wanted: list[str]) -> int:
     """Build each environment and run its tests; returns the number of those that fail."""
     folder = Path(os.environ.get("AIRLLM_NB_MATRIX") or tempfile.mkdtemp())
-    print(f"Making the checkpoints of every family with transformers {versions.TESTED[-1]}", flush=True)
-    answers = folder / "families"
+    print(f"Making checkpoints of every family and type with transformers {versions.TESTED[-1]}", flush=True)
+    answers = folder / "answers"
     if not answers.exists():
-        run([sys.executable, str(TESTS / "compat" / "families.py"), str(answers)])
+        run([sys.executable, str(TESTS / "compat" / "families.py"), str(answers / "families")])
+        run([sys.executable, str(TESTS / "walk.py"), str(answers / "types")])
     if "--measure" in wanted:
         found = {version: measure(version, folder, answers) for version in versions.TESTED}
         versions.MEASURED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -49,7 +50,7 @@ def main(wanted: list[str]) -> int:
 def measure(version: str, folder: Path, answers: Path) -> object:
     """Return what `compat/measured.py` finds in the environment of one version."""
     python = Path(sys.executable) if version == versions.TESTED[-1] else environment(folder / version, version)
-    output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers], env=os.environ | SETTINGS)
+    output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers / "families"], env=os.environ | SETTINGS)
     return json.loads(output.splitlines()[-1])
 
 
@@ -62,7 +63,7 @@ def check(version: str, folder: Path, answers: Path) -> bool:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / test) for test in tests)]
     if version == versions.TESTED[0] and NOTEBOOK.exists():
         command.append(str(NOTEBOOK))
-    passed = run(command, AIRLLM_NB_FAMILIES=str(answers), check=False)
+    passed = run(command, AIRLLM_NB_ANSWERS=str(answers), check=False)
     print(f"transformers {version}: built in {built - begin:.0f} s, tested in {time.monotonic() - built:.0f} s", flush=True)
     return passed
 

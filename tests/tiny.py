@@ -69,7 +69,7 @@ def make_checkpoint(
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # the only kind of buffer below that a checkpoint brings
-                buffer.normal_(0.0, 0.2)
+                buffer.uniform_(0.0, 0.3)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     (folder / "config.json").write_text(json.dumps(raw))
     if tokenizer:

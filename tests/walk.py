@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny import budgets
 from tiny_any import VOCABULARY, make_any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,6 +53,10 @@ FAULTY = dict.fromkeys(HEAD_BIAS, ((4, 43), (4, 51))) | {"recurrent_gemma": ((5,
 buffer uninitialised, without a word."""
 
 
+ANSWER = "answer.bin"  # no .safetensors, or the checkpoint would seem to have one more file
+CLOSE = 1e-4  # float32 logits of about 10: versions add up in different orders
+
+
 class Answer(NamedTuple):
     """What a model says: logits, and the tokens of greedy decoding; None where transformers itself cannot generate."""
 
@@ -80,6 +87,35 @@ def walk(model_type: str, folder: Path) -> str:
         assert expected.tokens is None or torch.equal(answer.tokens, expected.tokens), keep
     assert versions.installed() < NEWEST or (expected.tokens is None) == (model_type in ONLY_LOGITS)
     return EXACT
+
+
+def answer(model_type: str, folder: Path) -> None:
+    """Make a type's checkpoint, and beside it what ``from_pretrained`` answers; nothing where it is not made or not answered."""
+    try:
+        make_any(folder, model_type)
+        expected = _reference(folder)
+    except Exception:  # noqa: BLE001  # whatever transformers' own code raises: the walk of this version says why
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in expected._asdict().items() if tensor is not None}
+    save_file(tensors, folder / ANSWER)
+
+
+def on_older_version(folder: Path) -> str:
+    """Return how the installed version fares with a checkpoint that the newest one made; raises AssertionError if it is wrong."""
+    expected = load_file(folder / ANSWER)
+    try:
+        with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
+            found = _ask(model, generate="tokens" in expected and takes_mask(model))
+    except AirLLMError:
+        return "refused"
+    assert torch.allclose(found.logits, expected["logits"], rtol=0, atol=CLOSE), (found.logits - expected["logits"]).abs().max()
+    assert found.tokens is None or torch.equal(found.tokens, expected["tokens"])
+    return EXACT
+
+
+def takes_mask(model: Any) -> bool:
+    """Tell whether a model's ``generate`` takes an attention mask: Mamba's did not in the beginning."""
+    return "attention_mask" in inspect.signature(type(model._hf).forward).parameters
 
 
 def _without_reference(folder: Path) -> str:
@@ -120,3 +156,8 @@ def _ask(model: Any, *, generate: bool) -> Answer:
         logits = model(ids).logits
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     return Answer(logits, model.generate(ids, **options) if generate else None)
+
+
+if __name__ == "__main__":
+    for name in TYPES:
+        answer(name, Path(sys.argv[1]) / name)

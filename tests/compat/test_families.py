@@ -1,7 +1,7 @@
 """Every family on whatever transformers is installed: exactly what the newest version gives, or a refusal that says why.
 
 The answers of the newest version are made on the spot where that is what is installed; in the environments of older ones
-(see `tests/matrix.py`), ``AIRLLM_NB_FAMILIES`` names the folder where they have been made.
+(see `tests/matrix.py`), ``AIRLLM_NB_ANSWERS`` names the folder where they have been made.
 """
 
 import json
@@ -29,11 +29,11 @@ DTYPE = "dtype" if INSTALLED >= (5,) else "torch_dtype"
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """Return a function that gives the folder of a family: ``classic/``, ``v5/`` and ``expected.safetensors``."""
-    made = os.environ.get("AIRLLM_NB_FAMILIES")
+    made = os.environ.get("AIRLLM_NB_ANSWERS")
 
     def get(name):
         if made:
-            return Path(made) / name
+            return Path(made) / "families" / name
         if transformers.__version__ != NEWEST:
             pytest.skip(f"what is right is what transformers {NEWEST} gives: run tests/matrix.py")
         folder = tmp_path_factory.getbasetemp() / "families" / name
