@@ -52,7 +52,7 @@ def language_model(config: Any, raw: Raw) -> Any:
         return text
     if type(text) in models and config.model_type in TEXT_PARTS:
         if versions.installed() >= (5,) or "tie_word_embeddings" in raw:  # version 4 asks the text part, unless told otherwise
-            text.tie_word_embeddings = config.tie_word_embeddings
+            text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
         return text
     if whole is not None:
         return config

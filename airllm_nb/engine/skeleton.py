@@ -187,8 +187,8 @@ def _phase(recipe: keys.Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> i
     Some CPU kernels (a matrix with few rows times a vector) add up in an order that depends on it.
     """
     entry = checkpoint[recipe.sources[0]]
-    mapped = recipe.convert is None and entry.dtype == dtype and entry.offset % dtype.itemsize == 0
-    return entry.offset % ALIGN if mapped else 0
+    mapped = versions.installed() >= versions.MAPS_FILES and recipe.convert is None and entry.dtype == dtype
+    return entry.offset % ALIGN if mapped and entry.offset % dtype.itemsize == 0 else 0
 
 
 def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ NEXT = torch.tensor([[40, 41]])
 def caches(config):
     """The kinds of cache that a caller may pass, as far as this transformers has them."""
     yield "default", None
-    if config.model_type == "gpt2" and transformers.__version__ < "4.50":
+    if config.model_type == "gpt2" and transformers.__version__ < "4.52":
         return  # GPT-2 took only tuples then
     yield "dynamic", transformers.DynamicCache()
     try:
