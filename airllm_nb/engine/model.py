@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from airllm_nb.compat import cache
-from airllm_nb.compat.config import first_line
+from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
@@ -247,15 +247,7 @@ class LayeredModel:
                     f"{self._path.name} has no tokenizer files, so there is no model.tokenizer.",
                     "Pass token ids as input_ids, or copy the tokenizer's files into the folder.",
                 )
-            import transformers
-
-            try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust)
-            except Exception as error:  # whatever it is, these files are its reason
-                raise CheckpointError(
-                    f"The tokenizer cannot be read: {first_line(error)}",
-                    "Install what it names, or fetch the tokenizer's files again.",
-                ) from error
+            self._tokenizer = load_tokenizer(self._path, trust_remote_code=self._trust)
         return self._tokenizer
 
     @property
