@@ -14,7 +14,7 @@ from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
 TEXT_PARTS = frozenset((
-    "aria", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2",
+    "aria", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "gemma3", "gemma4", "gemma4_unified", "got_ocr2",
     "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "lighton_ocr", "llama4", "llava",
     "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3",
     "ovis2", "pp_chart2table", "qwen3_5", "qwen3_5_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava",
