@@ -21,8 +21,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "xlm": {"bos_token_id": "bos_index", "eos_token_id": "eos_index", "pad_token_id": "pad_index"},
 }
 """Model type -> name in version 5 -> name in version 4, beside the names that all types share."""
-DEFAULT_THETA = {"cohere": 500_000.0, "falcon_h1": 10_000.0, "olmo3": 500_000.0, "persimmon": 10_000.0}
-"""Types whose ``rope_theta`` has another default in version 4, for a config.json that does not say it."""
 PATTERNED = ("cohere2", "gemma3_text")
 """Types that had a sliding_window_pattern before they had layer_types."""
 OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text")
@@ -57,8 +55,6 @@ def classic(raw: Raw) -> Raw:
         for key, value in _rope(result.get("rope_scaling") or parameters).items():
             result[key] = value if key == "rope_scaling" else result.get(key, value)
     model_type = result.get("model_type")
-    if model_type in DEFAULT_THETA:
-        result.setdefault("rope_theta", DEFAULT_THETA[model_type])
     for new, old in RENAMED.get(str(model_type), {}).items():
         if result.get(new) is not None and result.get(old) is None:
             result[old] = result[new]

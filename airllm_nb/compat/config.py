@@ -29,6 +29,8 @@ CLASSIC_IN_5: tuple[tuple[Version, Callable[[Raw], bool]], ...] = (
     ((5, 20), lambda raw: rope_type(raw.get("rope_parameters")) == "dynamic"),  # the same, once the context has grown
 )
 """Before which versions of transformers 5 a config.json is read exactly with the names of version 4 only."""
+CHANGED_THETA = ("cohere", "falcon_h1", "olmo3", "persimmon")
+"""Types whose ``rope_theta`` has another default in version 5 than in 4."""
 OLD_ROPE_TYPES = ("default", "su", "mrope")
 """Names beside those in transformers' own table: no scaling, Phi-3's first name for longrope, and Qwen-VL's sections."""
 
@@ -129,6 +131,11 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         if in_words_of(part, version) is not part and (what := inexpressible(part)):
             understood = "5.0" if version < (5,) else "5.14"
             yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade(understood))
+        if version < (5,) and str(plain.get("model_type")) in CHANGED_THETA and "rope_theta" not in plain:
+            yield UnsupportedError(
+                "config.json does not give rope_theta, for which versions 4 and 5 of transformers take different values.",
+                "Write into it the one that the model was trained with (its page on the hub may tell).",
+            )
         if version == versions.installed():
             yield from _rope_refusals(part, plain, version)
 

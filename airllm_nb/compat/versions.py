@@ -24,7 +24,7 @@ FLOOR: Version = (4, 43)
 CEILING: Version = (6,)
 """The first version that nothing is known of: what it would compute is a guess, and so it is refused."""
 MAPS_FILES: Version = (4, 51)
-"""The first version whose ``from_pretrained`` computes with weights where they lie in the mapped file, and not with copies."""
+"""The first version whose ``from_pretrained`` always computes with weights where they lie in the mapped file, not with copies."""
 TESTED = ("4.43.4", "4.51.3", "4.57.6", "5.0.0", "5.23.0")
 """The versions of which every test run has a real environment."""
 MEASURED = Path(__file__).with_name("measured.json")

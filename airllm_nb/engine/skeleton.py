@@ -89,6 +89,7 @@ def build(
         homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
         members[homes.pop() if len(homes) == 1 else None].append(recipe)
     keeps_float32 = keys.float32_names(model, dtype)
+    mapped = device.type == "cpu" and _is_mapped(recipes, next(iter(wanted)), checkpoint, dtype)
 
     def group(path: str | None) -> WeightGroup:
         parameters = (
@@ -97,7 +98,7 @@ def build(
                 number := torch.float32 if keeps_float32(target) else wanted[target].dtype,
                 shape,
                 tuple(places[name] for name in owners[target]),
-                _phase(recipe, checkpoint, number) if device.type == "cpu" else 0,
+                _phase(recipe, checkpoint, number) if mapped else 0,
             )
             for recipe in members[path]
             for target, shape in recipe.targets.items()
@@ -187,8 +188,20 @@ def _phase(recipe: keys.Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> i
     Some CPU kernels (a matrix with few rows times a vector) add up in an order that depends on it.
     """
     entry = checkpoint[recipe.sources[0]]
-    mapped = versions.installed() >= versions.MAPS_FILES and recipe.convert is None and entry.dtype == dtype
-    return entry.offset % ALIGN if mapped and entry.offset % dtype.itemsize == 0 else 0
+    mapped = recipe.convert is None and entry.dtype == dtype and entry.offset % dtype.itemsize == 0
+    return entry.offset % ALIGN if mapped else 0
+
+
+def _is_mapped(recipes: Sequence[keys.Recipe], first: str, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Tell whether ``from_pretrained`` computes with weights in the mapped file, and not with copies.
+
+    Before 4.51 it does so if the model's first weight lies in the first file, in the dtype that it computes in.
+    """
+    if versions.installed() >= versions.MAPS_FILES:
+        return True
+    entry = next((checkpoint[recipe.sources[0]] for recipe in recipes if first in recipe.targets), None)
+    files = sorted(entry.file for entry in checkpoint.values())
+    return entry is not None and entry.file == files[0] and entry.dtype == dtype
 
 
 def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: Sequence[str]) -> None:

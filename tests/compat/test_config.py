@@ -104,7 +104,6 @@ CLASSIC = [  # as version 5 writes it, the fields of version 4 that it means
     (kind("gemma3_text", rope_parameters={"full_attention": {**LINEAR, "rope_theta": 1e6},
                                           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
      {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR}),
-    (kind("cohere"), {"rope_theta": 500_000.0}),
 ]  # fmt: skip
 
 
