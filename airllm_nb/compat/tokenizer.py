@@ -17,6 +17,8 @@ from airllm_nb.compat import versions
 from airllm_nb.compat.config import first_line
 from airllm_nb.errors import CheckpointError
 
+Step = dict[str, Any]
+"""One JSON object: a step of a tokenizer.json, or a whole file."""
 READ_ENDS = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer"))
 """Classes that obeyed ``add_bos_token`` and ``add_eos_token`` in transformers 4. No other did beside a tokenizer.json."""
 READ_PREFIX = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "BloomTokenizer"))
@@ -63,7 +65,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _transformers_own(folder: Path, file: Path, config: dict[str, Any], *, trust_remote_code: bool) -> Any:
+def _transformers_own(folder: Path, file: Path, config: Step, *, trust_remote_code: bool) -> Any:
     """Return what AutoTokenizer gives, after putting into words of version 4 what only version 5 writes."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -74,12 +76,14 @@ def _transformers_own(folder: Path, file: Path, config: dict[str, Any], *, trust
             words |= {"additional_special_tokens": extra, "extra_special_tokens": {}}
         if config.get("tokenizer_class") == "TokenizersBackend":
             auto = PreTrainedTokenizerFast
-        if config.get("from_slow") or _class_name(config) == "LlamaTokenizer":  # which would want sentencepiece and its file
-            words |= {"from_slow": False, "add_prefix_space": None}
+        if "from_slow" in config:  # it and the next would want sentencepiece and its file
+            words["from_slow"] = False
+        if _class_name(config) == "LlamaTokenizer" and "add_prefix_space" in config:
+            words["add_prefix_space"] = None
     return auto.from_pretrained(folder, trust_remote_code=trust_remote_code, **words)
 
 
-def _repair(tokenizer: Any, folder: Path, file: Path, config: dict[str, Any]) -> None:
+def _repair(tokenizer: Any, folder: Path, file: Path, config: Step) -> None:
     """Put the published tokenizer into transformers' one, if they differ."""
     from tokenizers import Tokenizer
 
@@ -90,37 +94,42 @@ def _repair(tokenizer: Any, folder: Path, file: Path, config: dict[str, Any]) ->
         return
     published = Tokenizer.from_file(str(file))
     _add_tokens(published, backend, folder, config)
-    _state_prefix(published, tokenizer, config)
-    _state_bert_flags(published, config)
+    data = _read(file)
+    normalizer, pre_tokenizer = (data.get(part) or {} for part in ("normalizer", "pre_tokenizer"))
+    _state_prefix(published, tokenizer, config, normalizer, pre_tokenizer)
+    _state_bert_flags(published, config, normalizer)
     _state_ends(published, tokenizer, config)
+    if any(getattr(either, "fix_mistral_regex", False) for either in (tokenizer, backend)):  # stated, and obeyed
+        published.pre_tokenizer = backend.pre_tokenizer
     if loaded != _parts(published) or _ends(backend) != _ends(published):
         published.encode_special_tokens = backend.encode_special_tokens
         tokenizer._tokenizer = published  # noqa: SLF001  # the same name in all versions, and no other way in
 
 
-def _add_tokens(published: Any, backend: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Add the tokens that other files name; they also say how a token of tokenizer.json meets the spaces around it."""
+def _add_tokens(published: Any, backend: Any, folder: Path, config: Step) -> None:
+    """Add the tokens that other files name; they also say how a token of tokenizer.json meets the spaces around it.
+
+    A default of the class that no file names gets no id: it would be one that the model does not have.
+    """
     held = {token.content for token in published.get_added_tokens_decoder().values()}
     stated = {*_strings(config.get("added_tokens_decoder", {}))}
     named = {text for name in NAMING_FILES for text in _strings(_read(folder / name))}
     for _, token in sorted(backend.get_added_tokens_decoder().items()):
-        known = published.token_to_id(token.content) is not None or token.content in named
-        if token.content in stated or (
-            token.content not in held and known
-        ):  # else a default of the class: an id beyond the model's
+        text = token.content
+        missing = text not in held and (text in named or published.token_to_id(text) is not None)
+        if missing or text in stated:
             published.add_tokens([token])
 
 
-def _state_prefix(published: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+def _state_prefix(published: Any, tokenizer: Any, config: Step, normalizer: Step, pre_tokenizer: Step) -> None:
     """Obey a stated ``add_prefix_space`` where it has one meaning: in a ByteLevel that stands alone."""
     from tokenizers import pre_tokenizers
 
-    stated, steps = config.get("add_prefix_space"), _steps(published)
-    if not isinstance(stated, bool) or stated == any(map(_prefixes, steps)):
+    stated = config.get("add_prefix_space")
+    if not isinstance(stated, bool) or stated == (_prefixes(normalizer) or _prefixes(pre_tokenizer)):
         return
-    step = steps[1]
-    if step.pop("type", None) == "ByteLevel":
-        published.pre_tokenizer = pre_tokenizers.ByteLevel(**step | {"add_prefix_space": stated})
+    if pre_tokenizer.get("type") == "ByteLevel":
+        published.pre_tokenizer = pre_tokenizers.ByteLevel(**_options(pre_tokenizer) | {"add_prefix_space": stated})
     elif _class_name(config, tokenizer) in READ_PREFIX:
         raise CheckpointError(
             f"tokenizer_config.json says add_prefix_space: {json.dumps(stated)}, tokenizer.json does the opposite, "
@@ -129,17 +138,16 @@ def _state_prefix(published: Any, tokenizer: Any, config: dict[str, Any]) -> Non
         )
 
 
-def _state_bert_flags(published: Any, config: dict[str, Any]) -> None:
+def _state_bert_flags(published: Any, config: Step, normalizer: Step) -> None:
     """Obey what is stated about case and accents."""
     from tokenizers import normalizers
 
-    step = _steps(published)[0]
-    if step.pop("type", None) == "BertNormalizer":
+    if normalizer.get("type") == "BertNormalizer":
         stated = {name: config[flag] for flag, name in BERT_FLAGS.items() if config.get(flag) is not None}
-        published.normalizer = normalizers.BertNormalizer(**step | stated)
+        published.normalizer = normalizers.BertNormalizer(**_options(normalizer) | stated)
 
 
-def _state_ends(published: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+def _state_ends(published: Any, tokenizer: Any, config: Step) -> None:
     """Obey a stated ``add_bos_token`` or ``add_eos_token``; one that is not stated leaves its end as in tokenizer.json."""
     from tokenizers.processors import TemplateProcessing
 
@@ -174,21 +182,20 @@ def _ends(backend: Any) -> tuple[list[int], list[int]]:
     return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
 
 
-def _steps(backend: Any) -> list[dict[str, Any]]:
-    """Return normalizer and pre-tokenizer as tokenizer.json has them."""
-    return [json.loads(step.__getstate__()) if step else {} for step in (backend.normalizer, backend.pre_tokenizer)]
+def _options(step: Step) -> Step:
+    return {name: value for name, value in step.items() if name != "type"}
 
 
-def _prefixes(step: dict[str, Any]) -> bool:
+def _prefixes(step: Step) -> bool:
     """Tell whether a step puts a space before a text."""
     if step.get("type") == "Sequence":
         return any(map(_prefixes, step.get("normalizers") or step.get("pretokenizers") or []))
     if step.get("type") == "Metaspace":
-        return bool(step.get("prepend_scheme") != "never")
+        return step["prepend_scheme"] != "never" if "prepend_scheme" in step else bool(step.get("add_prefix_space"))
     return step.get("type") == "Prepend" or bool(step.get("add_prefix_space"))
 
 
-def _parts(backend: Any) -> dict[str, Any]:
+def _parts(backend: Any) -> Step:
     return {name: part for name, part in json.loads(backend.to_str()).items() if name not in NOT_COMPARED}
 
 
@@ -204,16 +211,16 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _class_name(config: dict[str, Any], tokenizer: Any = None) -> str:
+def _class_name(config: Step, tokenizer: Any = None) -> str:
     """Return the class that the checkpoint names, or that transformers chose, in the words of version 5."""
     return str(config.get("tokenizer_class") or type(tokenizer).__name__).removesuffix("Fast")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Step:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _file_name(config: dict[str, Any]) -> str:
+def _file_name(config: Step) -> str:
     """Return which file transformers reads: a checkpoint may hold several, for later versions."""
     from transformers.tokenization_utils_base import get_fast_tokenizer_file
 
