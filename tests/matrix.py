@@ -22,7 +22,8 @@ from airllm_nb.compat import versions
 
 TESTS = Path(__file__).parent
 BELOW_THE_FLOOR = "4.40.2"
-SETTINGS = {
+# Without VIRTUAL_ENV, by which IPython puts the packages of the environment that runs this script before all others.
+ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
@@ -50,7 +51,7 @@ def main(wanted: list[str]) -> int:
 def measure(version: str, folder: Path, answers: Path) -> object:
     """Return what `compat/measured.py` finds in the environment of one version."""
     python = Path(sys.executable) if version == versions.TESTED[-1] else environment(folder / version, version)
-    output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers / "families"], env=os.environ | SETTINGS)
+    output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers / "families"], env=ENVIRON)
     return json.loads(output.splitlines()[-1])
 
 
@@ -84,7 +85,7 @@ def environment(folder: Path, version: str) -> Path:
 
 def run(command: list[str], *, check: bool = True, **environ: str) -> bool:
     """Run a command as the tests need it; returns whether it succeeded."""
-    return subprocess.run(command, check=check, env=os.environ | SETTINGS | environ, cwd=TESTS.parent).returncode == 0
+    return subprocess.run(command, check=check, env=ENVIRON | environ, cwd=TESTS.parent).returncode == 0
 
 
 if __name__ == "__main__":
