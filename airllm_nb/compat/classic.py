@@ -14,7 +14,6 @@ from airllm_nb.compat.versions import Version
 Raw = dict[str, Any]
 
 RENAMED: dict[str, dict[str, str]] = {
-    "gemma": {"hidden_act": "hidden_activation"},
     "gpt_neox": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
     "gpt_neox_japanese": {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
@@ -25,6 +24,14 @@ PATTERNED = ("cohere2", "gemma3_text")
 """Types that had a sliding_window_pattern before they had layer_types."""
 OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text")
 """Types of version 4 with a rope_theta of its own for the layers with a sliding window."""
+GELU = "gelu_pytorch_tanh"
+"""What Gemma was trained with, whatever its first config.json said."""
+ORIGINAL_OUTSIDE = ("llama3", "yarn")
+"""Rotary embeddings whose original context version 5 takes from beside ``rope_scaling`` first, and version 4 only from within."""
+SWITCHED = ("qwen2", "qwen3")
+"""Types whose ``use_sliding_window`` is off unless told otherwise."""
+IGNORE_SWITCH = ((4, 49), (4, 52))
+"""From and below which version their masks obey ``sliding_window`` all the same."""
 NO_HEAD_DIM = ("mistral", "mixtral", "ministral")
 """Types whose scaled rotary embedding asks for a ``head_dim`` that their config.json need not have."""
 SCALING_KEYS = {"linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
@@ -51,12 +58,12 @@ def classic(raw: Raw) -> Raw:
             result[key] = [_number(item) for item in value]
     if "dtype" in result:
         result.setdefault("torch_dtype", result.pop("dtype"))
-    if isinstance(parameters := result.pop("rope_parameters", None), dict):
-        for key, value in _rope(result.get("rope_scaling") or parameters).items():
-            result[key] = value if key == "rope_scaling" else result.get(key, value)
     model_type = result.get("model_type")
+    decided = _settle_rope(result)
+    if model_type == "gemma":
+        _settle_activation(result)
     for new, old in RENAMED.get(str(model_type), {}).items():
-        if result.get(new) is not None and result.get(old) is None:
+        if result.get(new) is not None and (new in decided or result.get(old) is None):
             result[old] = result[new]
     if model_type in PATTERNED:
         _name_layer_types(result)
@@ -67,6 +74,16 @@ def rope_type(scaling: Any) -> str | None:
     """Return the kind of a rotary embedding's scaling; None if there is none."""
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
     return None if kind == "default" else kind
+
+
+def unusual_order(raw: Raw) -> bool:
+    """Tell whether ``layer_types`` says something else than versions before 4.53 assume, which do not read it."""
+    types, period = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    if not isinstance(types, list):
+        return False
+    if raw.get("model_type") in PATTERNED:
+        return not isinstance(period, int) or period < 1 or types != _repeated(len(types), period)
+    return raw.get("model_type") == "gemma2" and types != _repeated(len(types), 2)
 
 
 def inexpressible(raw: Raw) -> str | None:
@@ -104,6 +121,8 @@ def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
     yarn before 4.51 took the original context from ``max_position_embeddings``, and later versions up to 5 derive ``factor`` from
     the two. Without ``original_max_position_embeddings``, and with that as the context and ``attention_factor`` given, all agree.
     """
+    if IGNORE_SWITCH[0] <= version < IGNORE_SWITCH[1] and raw.get("model_type") in SWITCHED and not raw.get("use_sliding_window"):
+        raw = raw | {"sliding_window": None}
     scaling = raw.get("rope_scaling")
     kind = rope_type(scaling)
     if kind and raw.get("model_type") in NO_HEAD_DIM and not raw.get("head_dim"):
@@ -122,6 +141,48 @@ def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
         "rope_scaling": rest | {"attention_factor": scaling.get("attention_factor") or _yarn_attention_factor(scaling)},
         "max_position_embeddings": original,
     }
+
+
+def _settle_rope(raw: Raw) -> Raw:
+    """Put the rotary embedding into fields of version 4; returns those that were decided by more than their own name."""
+    beside = raw.get("original_max_position_embeddings")
+    decided = _decided(raw.pop("rope_parameters", None), raw.get("rope_scaling"))
+    raw.update(decided)
+    scaling = raw.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return decided
+    if not beside and raw.get("model_type") != "phi3":  # which has a default of its own, and that counts more
+        raw.update(_original(scaling))
+    if beside:
+        raw["original_max_position_embeddings"] = beside
+        if rope_type(scaling) in ORIGINAL_OUTSIDE:
+            raw["rope_scaling"] = scaling | {"original_max_position_embeddings": beside}
+    return decided
+
+
+def _decided(parameters: Any, scaling: Any) -> Raw:
+    """Return the fields that ``rope_parameters`` and ``rope_scaling`` decide: version 5 lets them outweigh what stands beside."""
+    fields: Raw = {}
+    if isinstance(parameters, dict) and (not scaling or _nested(parameters)):
+        fields = _rope(parameters)
+    if not isinstance(scaling, dict):
+        return fields
+    if scaling:
+        fields["rope_scaling"] = scaling
+        fields |= {key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if scaling.get(key) is not None}
+    elif "rope_scaling" not in fields:
+        fields["rope_scaling"] = None
+    if scaling.get("rope_type") and scaling.get("type", scaling["rope_type"]) != scaling["rope_type"]:
+        fields["rope_scaling"] = {key: value for key, value in scaling.items() if key != "type"}
+    return fields
+
+
+def _settle_activation(raw: Raw) -> None:
+    """Obey Gemma's ``hidden_act``, where ``"gelu"`` means the approximation; 4.43's name for it counts for nothing later."""
+    given = raw.get("hidden_act") or GELU
+    for name in ("hidden_act", "hidden_activation"):
+        if name in raw or "hidden_act" in raw:
+            raw[name] = GELU if given == "gelu" else given
 
 
 def _number(item: Any) -> Any:

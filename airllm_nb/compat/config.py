@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from airllm_nb.compat import versions
-from airllm_nb.compat.classic import classic, fit_to, inexpressible, rope_type
+from airllm_nb.compat.classic import classic, fit_to, inexpressible, rope_type, unusual_order
 from airllm_nb.compat.versions import Raw, Version
 from airllm_nb.compat.wellformed import faults
 from airllm_nb.errors import UnsupportedError
@@ -24,13 +24,17 @@ SOFTCAP_EXACT = (5, 23)  # before, only eager attention applies `attn_logit_soft
 CLASSIC_IN_5: tuple[tuple[Version, Callable[[Raw], bool]], ...] = (
     ((5, 2), lambda raw: raw.get("model_type") == "qwen3_moe"),  # did not know its own num_local_experts
     ((5, 8), lambda raw: raw.get("model_type") == "cohere2"),  # ignored sliding_window_pattern
+    ((5, 18), lambda raw: raw.get("model_type") == "gemma" and raw.get("hidden_act") == "gelu"),  # took that by its word
     ((5, 14), lambda raw: raw.get("model_type") == "gpt_neox"),  # ignored its partial_rotary_factor
     ((5, 14), lambda raw: raw.get("model_type") == "olmo3"),  # did not know rope_parameters of each layer type
+    ((5, 23), lambda raw: "partial_rotary_factor" in (raw.get("rope_scaling") or {})),  # preferred its own default
     ((5, 20), lambda raw: rope_type(raw.get("rope_parameters")) == "dynamic"),  # the same, once the context has grown
 )
 """Before which versions of transformers 5 a config.json is read exactly with the names of version 4 only."""
 CHANGED_THETA = ("cohere", "falcon_h1", "olmo3", "persimmon")
 """Types whose ``rope_theta`` has another default in version 5 than in 4."""
+READS_LAYER_TYPES = (4, 53)
+"""The first version that takes from ``layer_types`` which layers have a sliding window."""
 OLD_ROPE_TYPES = ("default", "su", "mrope")
 """Names beside those in transformers' own table: no scaling, Phi-3's first name for longrope, and Qwen-VL's sections."""
 
@@ -131,6 +135,11 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         if in_words_of(part, version) is not part and (what := inexpressible(part)):
             understood = "5.0" if version < (5,) else "5.14"
             yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade(understood))
+        if version < READS_LAYER_TYPES and unusual_order(plain):
+            yield UnsupportedError(
+                f"transformers {versions.dotted(version)} would silently ignore layer_types of {plain['model_type']!r}.",
+                versions.upgrade(versions.dotted(READS_LAYER_TYPES)),
+            )
         if version < (5,) and str(plain.get("model_type")) in CHANGED_THETA and "rope_theta" not in plain:
             yield UnsupportedError(
                 "config.json does not give rope_theta, for which versions 4 and 5 of transformers take different values.",

@@ -101,6 +101,17 @@ def _wide_heads(raw: Raw) -> bool:
     return bool(width and heads and size and width * heads != size)
 
 
+def _own_stretch(raw: Raw) -> Any:
+    """Tell whether longrope is stretched by something else than the ratio of the two contexts."""
+    scaling = raw.get("rope_scaling") or {}
+    if _rope_type(raw) not in ("longrope", "su"):
+        return False
+    if _kind(raw, "phi3"):  # never reads them
+        return scaling.get("factor") or scaling.get("attention_factor")
+    context, original = raw.get("max_position_embeddings"), raw.get("original_max_position_embeddings")
+    return scaling.get("factor") and context and original and scaling["factor"] != context / original
+
+
 FAMILIES = (
     _family("Llama, InternLM (as Llama), Yi, SmolLM", FLOOR, "llama"),
     _family("Llama 4 (text)", (4, 53), "llama4_text", "llama4"),
@@ -146,6 +157,11 @@ FEATURES = (
     Need("a scaled rotary embedding of Llama", (4, 43, 4), lambda raw: _kind(raw, "llama") and _rope_type(raw), lacking=True),
     Need("a scaled rotary embedding of Qwen2", (4, 45), lambda raw: _kind(raw, "qwen2", "qwen2_moe") and _rope_type(raw)),
     Need("yarn's rotary embedding outside of Llama", (4, 51), lambda raw: not _kind(raw, "llama") and _rope_type(raw) == "yarn"),
+    Need("a dynamic rotary embedding after a longer text", (5, 14), lambda raw: _rope_type(raw) == "dynamic", (5, 0)),
+    Need("longrope outside of Phi-3", (4, 51), lambda raw: not _kind(raw, "phi3") and _rope_type(raw) == "longrope"),
+    Need("longrope with a factor of its own", (5, 0), _own_stretch),
+    Need("Gemma 3's attention in both directions", (4, 57),
+         lambda raw: _kind(raw, "gemma3_text") and raw.get("use_bidirectional_attention")),
     Need("yarn of DeepSeek-V3", (4, 56), lambda raw: _kind(raw, "deepseek_v3") and _rope_type(raw) == "yarn"),
     Need("yarn of DeepSeek-V2", (5, 20), lambda raw: _kind(raw, "deepseek_v2") and _rope_type(raw) == "yarn"),
     Need("the scaled rotary embedding of OLMo 3", (5, 14), lambda raw: _kind(raw, "olmo3") and _rope_type(raw), (5, 0)),
@@ -154,7 +170,9 @@ FEATURES = (
     Need("heads of Llama and Mistral wider than hidden_size / heads", (4, 45),
          lambda raw: _kind(raw, "llama", "mistral") and _wide_heads(raw)),
     Need("sliding windows of Phi-3 and StarCoder2", (4, 48), lambda raw: _kind(raw, "phi3", "starcoder2") and _slides(raw)),
-    Need("sliding windows of Qwen2", (4, 53), lambda raw: _kind(raw, "qwen2", "qwen2_moe") and _slides_in_part(raw)),
+    Need("sliding windows of Qwen2 and Qwen3", (4, 53),
+         lambda raw: _kind(raw, "qwen2", "qwen3", "qwen3_moe") and _slides_in_part(raw)),
+    Need("sliding windows of Qwen2-MoE", (5, 0), lambda raw: _kind(raw, "qwen2_moe") and _slides_in_part(raw)),
     Need("the experts in groups of DeepSeek-V2", (5, 14), lambda raw: raw.get("topk_method") == "group_limited_greedy", (5, 0),
          lacking=True),
     Need("the norm in groups of Mamba 2", (5, 23), lambda raw: _kind(raw, "mamba2") and raw.get("n_groups", 8) != 1),

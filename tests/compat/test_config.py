@@ -18,6 +18,7 @@ LLAMA, MISTRAL = tiny.CONFIGS["llama"], tiny.CONFIGS["mistral"]
 V4, V5 = (4, 57, 6), (5, 0, 0)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 
 
 def kind(model_type, **fields):
@@ -42,6 +43,22 @@ REFUSED = [  # config.json, a version that is refused, one that is not, what the
     (kind("phi3", sliding_window=8, max_position_embeddings=16), (4, 45, 2), (4, 48), "sliding windows of Phi-3"),
     (kind("starcoder2", sliding_window=8), (4, 45, 2), (4, 48), "sliding windows of Phi-3 and StarCoder2"),
     (kind("qwen2", sliding_window=8, use_sliding_window=True), (4, 51, 3), (4, 53), "sliding windows of Qwen2"),
+    (kind("qwen3", sliding_window=8, use_sliding_window=True), (4, 51, 3), (4, 53), "sliding windows of Qwen2 and Qwen3"),
+    (kind("qwen2_moe", sliding_window=8, use_sliding_window=True), (4, 57, 6), (5, 0), "sliding windows of Qwen2-MoE"),
+    (kind("llama", rope_scaling=LINEAR | {"rope_type": "dynamic"}), (5, 12), (5, 14), "a dynamic rotary embedding"),
+    (kind("llama", rope_parameters=LINEAR | {"rope_type": "dynamic"}), (5, 0), (4, 57, 6), "a dynamic rotary embedding"),
+    (kind("llama", rope_scaling=LONGROPE), (4, 50, 3), (4, 51), "longrope outside of Phi-3"),
+    (kind("gemma3_text", use_bidirectional_attention=True), (4, 56), (4, 57), "in both directions"),
+    (kind("phi3", rope_scaling=LONGROPE | {"factor": 4.0}), (4, 57, 6), (5, 0), "longrope with a factor of its own"),
+    (kind("phi3", rope_scaling=LONGROPE | {"attention_factor": 2.0}), (4, 57, 6), (5, 0), "longrope with a factor of its own"),
+    (
+        kind("llama", original_max_position_embeddings=16, max_position_embeddings=32, rope_scaling=LONGROPE | {"factor": 4.0}),
+        (4, 57, 6),
+        (5, 0),
+        "longrope with a factor of its own",
+    ),
+    (kind("gemma2", layer_types=["full_attention", "sliding_attention"]), (4, 52, 4), (4, 53), "ignore layer_types of 'gemma2'"),
+    (kind("cohere2", sliding_window_pattern=2, layer_types=["full_attention"] * 2), (4, 52, 4), (4, 53), "ignore layer_types"),
     (kind("llama", head_dim=24, num_attention_heads=4, hidden_size=64), (4, 44, 2), (4, 45), "heads of Llama and Mistral"),
     (kind("llama4", text_config=kind("llama4_text")), (4, 55, 4), (4, 53, 3), "the attention of Llama 4"),
 ]
@@ -94,7 +111,21 @@ CLASSIC = [  # as version 5 writes it, the fields of version 4 that it means
     (kind("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": None}),
     (kind("llama", rope_parameters={**LINEAR, "rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": LINEAR}),
     (kind("llama", dtype="bfloat16"), {"torch_dtype": "bfloat16"}),
-    (kind("gemma", hidden_act="gelu"), {"hidden_activation": "gelu"}),
+    (kind("gemma", hidden_act="relu"), {"hidden_act": "relu", "hidden_activation": "relu"}),
+    (kind("gemma", hidden_act="gelu"), {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
+    (kind("gemma", hidden_act="relu", hidden_activation="gelu"), {"hidden_activation": "relu"}),
+    (kind("gemma", hidden_activation="relu"), {"hidden_activation": "gelu_pytorch_tanh"}),
+    (kind("llama", rope_theta=1e4, rope_parameters={**LINEAR, "rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": LINEAR}),
+    (kind("llama", rope_theta=1e4, rope_scaling={**LINEAR, "rope_theta": 5e5}), {"rope_theta": 5e5}),
+    (kind("glm", rope_scaling={**LINEAR, "partial_rotary_factor": 0.5}), {"partial_rotary_factor": 0.5}),
+    (kind("llama", rope_scaling={"rope_type": "longrope", "original_max_position_embeddings": 16}),
+     {"original_max_position_embeddings": 16}),
+    (kind("llama", rope_scaling={**LINEAR, "type": "dynamic"}), {"rope_scaling": LINEAR}),
+    (kind("llama", original_max_position_embeddings=32, rope_scaling=YARN),
+     {"rope_scaling": YARN | {"original_max_position_embeddings": 32}}),
+    (kind("llama", original_max_position_embeddings=16, rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+     {"rope_scaling": YARN}),
+    (kind("gpt_neox", rotary_emb_base=1e4, rope_parameters={"rope_theta": 2e4}), {"rotary_emb_base": 2e4}),
     (kind("gpt_neox", rope_parameters={"rope_theta": 2e4, "partial_rotary_factor": 0.5}),
      {"rotary_pct": 0.5, "rotary_emb_base": 2e4}),
     (kind("qwen3_moe", num_local_experts=4), {"num_experts": 4}),
@@ -121,7 +152,6 @@ def test_what_version_5_wrote_is_said_in_words_of_version_4(raw, fields):
 def test_what_is_classic_stays():
     raw = LLAMA | {"rope_theta": 5e5, "rope_scaling": LINEAR, "torch_dtype": "bfloat16"}
     assert classic(raw) == raw
-    assert classic(LLAMA | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1.0}})["rope_theta"] == 5e5
 
 
 @pytest.mark.parametrize("model_type", ["cohere2", "gemma3_text"])
@@ -190,6 +220,16 @@ def test_what_needs_no_fitting_stays(raw):
 def test_old_classes_accept_in_rope_scaling_just_what_was_there_in_the_beginning():
     raw = kind("phi", rope_scaling=LINEAR | {"extra": 1})
     assert fit_to(raw, (4, 43, 4), strict=True)["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_window_that_is_switched_off_is_taken_away_where_the_mask_obeys_it(model_type):
+    off = kind(model_type, sliding_window=8, use_sliding_window=False)
+    assert fit_to(off, (4, 51, 3), strict=False)["sliding_window"] is None
+    assert fit_to(kind(model_type), (4, 49), strict=False)["sliding_window"] is None  # else it would be 4096
+    assert fit_to(off, (4, 52), strict=False) == off
+    on = off | {"use_sliding_window": True}
+    assert fit_to(on, (4, 51, 3), strict=False) == on
 
 
 def test_a_width_that_a_scaled_embedding_asks_for_is_written():
