@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from airllm_nb.compat.versions import Version
+from airllm_nb.compat.versions import Version, rope_type
 
 Raw = dict[str, Any]
 
@@ -70,12 +70,6 @@ def classic(raw: Raw) -> Raw:
     return result
 
 
-def rope_type(scaling: Any) -> str | None:
-    """Return the kind of a rotary embedding's scaling; None if there is none."""
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    return None if kind == "default" else kind
-
-
 def unusual_order(raw: Raw) -> bool:
     """Tell whether ``layer_types`` says something else than versions before 4.53 assume, which do not read it."""
     types, period = raw.get("layer_types"), raw.get("sliding_window_pattern")
@@ -125,10 +119,15 @@ def fit_to(raw: Raw, version: Version, *, strict: bool) -> Raw:
         raw = raw | {"sliding_window": None}
     scaling = raw.get("rope_scaling")
     kind = rope_type(scaling)
+    if isinstance(scaling, dict) and kind is None and scaling.keys() <= {"type", "rope_type"}:
+        return raw | {"rope_scaling": None}  # "default", which not all of them know
     if kind and raw.get("model_type") in NO_HEAD_DIM and not raw.get("head_dim"):
         raw = raw | {"head_dim": raw.get("hidden_size", 4096) // raw.get("num_attention_heads", 32)}
     if strict and kind in SCALING_KEYS and isinstance(scaling, dict):
         return raw | {"rope_scaling": {"type": kind} | {key: scaling[key] for key in SCALING_KEYS[kind] if key in scaling}}
+    if kind and isinstance(scaling, dict) and "rope_type" not in scaling and version >= (4, 48):
+        scaling = scaling | {"rope_type": kind}  # some of the classes then read nothing else
+        raw = raw | {"rope_scaling": scaling}
     if kind != "yarn" or not isinstance(scaling, dict):
         return raw
     context, original = raw.get("max_position_embeddings"), scaling.get("original_max_position_embeddings")

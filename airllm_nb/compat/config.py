@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from airllm_nb.compat import versions
-from airllm_nb.compat.classic import classic, fit_to, inexpressible, rope_type, unusual_order
-from airllm_nb.compat.versions import Raw, Version
+from airllm_nb.compat.classic import classic, fit_to, inexpressible, unusual_order
+from airllm_nb.compat.versions import Raw, Version, rope_type
 from airllm_nb.compat.wellformed import faults
 from airllm_nb.errors import UnsupportedError
 

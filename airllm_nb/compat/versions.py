@@ -75,9 +75,14 @@ def _kind(raw: Raw, *types: str) -> bool:
     return raw.get("model_type") in types
 
 
-def _rope_type(raw: Raw) -> Any:
-    scaling = raw.get("rope_scaling")
-    return scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+def _rope_type(raw: Raw) -> str | None:
+    return rope_type(raw.get("rope_scaling"))
+
+
+def rope_type(scaling: Any) -> str | None:
+    """Return the kind of a rotary embedding's scaling; None if there is none."""
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    return None if kind == "default" else kind
 
 
 def _slides(raw: Raw) -> bool:
@@ -88,7 +93,7 @@ def _slides(raw: Raw) -> bool:
 
 def _slides_in_part(raw: Raw) -> bool:
     """Tell whether Qwen's upper layers use a sliding window."""
-    return bool(raw.get("use_sliding_window")) and _slides(raw)
+    return bool(raw.get("use_sliding_window")) and _slides({"sliding_window": 4096} | raw)  # its default
 
 
 def _partial(raw: Raw) -> bool:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tiny import CONFIGS, LLAMA3_ROPE, SHAPE, make_checkpoint
 
 STYLES = ("classic", "v5")
-PROMPTS = {"short": 9, "long": 20}
-"""Tokens. The long one exceeds every window and original context below; the short one crosses them while it generates."""
+PROMPTS = {"short": 9, "long": 20, "again": 9}
+"""Tokens. The long one exceeds every window and original context below; the short one crosses them while it generates,
+and comes again when the model has seen a longer one."""
 NEW_TOKENS = 8
 
 
