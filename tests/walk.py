@@ -48,9 +48,14 @@ HEAD_BIAS = (
     "bert-generation", "camembert", "data2vec-text", "reformer", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 )  # fmt: skip
-FAULTY = dict.fromkeys(HEAD_BIAS, ((4, 43), (4, 51))) | {"recurrent_gemma": ((5, 0), (5, 1))}
-"""From and below which version a type's ``from_pretrained`` is no reference: it zeroes the bias of the head, or leaves a rotary
-buffer uninitialised, without a word."""
+WINDOWED = ("got_ocr2", "qwen2", "qwen3")
+FAULTY = (
+    dict.fromkeys(HEAD_BIAS, ((4, 43), (4, 51)))
+    | dict.fromkeys(WINDOWED, ((4, 49), (4, 53)))
+    | {"recurrent_gemma": ((5, 0), (5, 1))}
+)
+"""From and below which version a type's ``from_pretrained`` is no reference: it zeroes the bias of the head, obeys a window that
+is switched off, or leaves a rotary buffer uninitialised, without a word."""
 
 
 ANSWER = "answer.bin"  # no .safetensors, or the checkpoint would seem to have one more file

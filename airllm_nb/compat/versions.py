@@ -163,6 +163,8 @@ FEATURES = (
     Need("a scaled rotary embedding of Qwen2", (4, 45), lambda raw: _kind(raw, "qwen2", "qwen2_moe") and _rope_type(raw)),
     Need("yarn's rotary embedding outside of Llama", (4, 51), lambda raw: not _kind(raw, "llama") and _rope_type(raw) == "yarn"),
     Need("a dynamic rotary embedding after a longer text", (5, 14), lambda raw: _rope_type(raw) == "dynamic", (5, 0)),
+    Need("a dynamic rotary embedding outside of Llama", (4, 45),
+         lambda raw: not _kind(raw, "llama") and _rope_type(raw) == "dynamic"),
     Need("longrope outside of Phi-3", (4, 51), lambda raw: not _kind(raw, "phi3") and _rope_type(raw) == "longrope"),
     Need("longrope with a factor of its own", (5, 0), _own_stretch),
     Need("Gemma 3's attention in both directions", (4, 57),
