@@ -20,7 +20,7 @@ def table() -> str:
 def _rows() -> Iterator[str]:
     yield f"| | exact from | {' | '.join(versions.TESTED)} |"
     yield "|---" * (len(versions.TESTED) + 2) + "|"
-    for need in (*versions.FAMILIES, *versions.OTHERS, *versions.FEATURES):
+    for need in versions.TABLE:
         since = versions.dotted(need.exact) + (f", and before {versions.dotted(need.refused)}" if any(need.refused) else "")
         cells = ["✓" if need.met(_version(text)) else "refused" for text in versions.TESTED]
         yield f"| {need.what} | {since} | {' | '.join(cells)} |"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from airllm_nb.compat.versions import Version, rope_type
+from airllm_nb.compat.versions import PATTERNED, Version, one_in, rope_type
 
 Raw = dict[str, Any]
 
@@ -20,8 +20,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "xlm": {"bos_token_id": "bos_index", "eos_token_id": "eos_index", "pad_token_id": "pad_index"},
 }
 """Model type -> name in version 5 -> name in version 4, beside the names that all types share."""
-PATTERNED = ("cohere2", "gemma3_text")
-"""Types that had a sliding_window_pattern before they had layer_types."""
 OWN_LOCAL_THETA = ("gemma3_text", "gemma3n_text")
 """Types of version 4 with a rope_theta of its own for the layers with a sliding window."""
 GELU = "gelu_pytorch_tanh"
@@ -67,17 +65,9 @@ def classic(raw: Raw) -> Raw:
             result[old] = result[new]
     if model_type in PATTERNED:
         _name_layer_types(result)
+    if model_type == "gemma2":  # its layers take turns; but one version's cache would read this
+        result.pop("sliding_window_pattern", None)
     return result
-
-
-def unusual_order(raw: Raw) -> bool:
-    """Tell whether ``layer_types`` says something else than versions before 4.53 assume, which do not read it."""
-    types, period = raw.get("layer_types"), raw.get("sliding_window_pattern")
-    if not isinstance(types, list):
-        return False
-    if raw.get("model_type") in PATTERNED:
-        return not isinstance(period, int) or period < 1 or types != _repeated(len(types), period)
-    return raw.get("model_type") == "gemma2" and types != _repeated(len(types), 2)
 
 
 def inexpressible(raw: Raw) -> str | None:
@@ -228,16 +218,12 @@ def _name_layer_types(raw: Raw) -> None:
     """Give ``sliding_window_pattern`` (before 4.53) and ``layer_types`` (later), whichever of the two is missing."""
     types, period, count = raw.get("layer_types"), raw.get("sliding_window_pattern"), raw.get("num_hidden_layers")
     if types is None and isinstance(period, int) and isinstance(count, int) and period > 0:
-        raw["layer_types"] = _repeated(count, period)
+        raw["layer_types"] = one_in(count, period)
     elif isinstance(types, list) and period is None:
         for period in range(1, len(types) + 2):
-            if types == _repeated(len(types), period):
+            if types == one_in(len(types), period):
                 raw["sliding_window_pattern"] = period
                 return
-
-
-def _repeated(count: int, period: int) -> list[str]:
-    return ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(count)]
 
 
 def _yarn_attention_factor(scaling: Raw) -> float:

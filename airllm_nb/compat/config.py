@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from airllm_nb.compat import versions
-from airllm_nb.compat.classic import classic, fit_to, inexpressible, unusual_order
+from airllm_nb.compat.classic import classic, fit_to, inexpressible
 from airllm_nb.compat.versions import Raw, Version, rope_type
 from airllm_nb.compat.wellformed import faults
 from airllm_nb.errors import UnsupportedError
@@ -28,15 +28,18 @@ CLASSIC_IN_5: tuple[tuple[Version, Callable[[Raw], bool]], ...] = (
     ((5, 14), lambda raw: raw.get("model_type") == "gpt_neox"),  # ignored its partial_rotary_factor
     ((5, 14), lambda raw: raw.get("model_type") == "olmo3"),  # did not know rope_parameters of each layer type
     ((5, 23), lambda raw: "partial_rotary_factor" in (raw.get("rope_scaling") or {})),  # preferred its own default
-    ((5, 20), lambda raw: rope_type(raw.get("rope_parameters")) == "dynamic"),  # the same, once the context has grown
+    ((5, 20), lambda raw: _stretched_in_part(raw.get("rope_parameters"))),  # the same
 )
 """Before which versions of transformers 5 a config.json is read exactly with the names of version 4 only."""
 CHANGED_THETA = ("cohere", "falcon_h1", "olmo3", "persimmon")
 """Types whose ``rope_theta`` has another default in version 5 than in 4."""
-READS_LAYER_TYPES = (4, 53)
-"""The first version that takes from ``layer_types`` which layers have a sliding window."""
 OLD_ROPE_TYPES = ("default", "su", "mrope")
 """Names beside those in transformers' own table: no scaling, Phi-3's first name for longrope, and Qwen-VL's sections."""
+
+
+def _stretched_in_part(parameters: Any) -> bool:
+    """Tell whether a scaled rotary embedding turns only a part of each head."""
+    return rope_type(parameters) is not None and parameters.get("partial_rotary_factor") is not None
 
 
 def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> Any:
@@ -135,11 +138,6 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         if in_words_of(part, version) is not part and (what := inexpressible(part)):
             understood = "5.0" if version < (5,) else "5.14"
             yield UnsupportedError(f"transformers {versions.dotted(version)} does not have {what}.", versions.upgrade(understood))
-        if version < READS_LAYER_TYPES and unusual_order(plain):
-            yield UnsupportedError(
-                f"transformers {versions.dotted(version)} would silently ignore layer_types of {plain['model_type']!r}.",
-                versions.upgrade(versions.dotted(READS_LAYER_TYPES)),
-            )
         if version < (5,) and str(plain.get("model_type")) in CHANGED_THETA and "rope_theta" not in plain:
             yield UnsupportedError(
                 "config.json does not give rope_theta, for which versions 4 and 5 of transformers take different values.",

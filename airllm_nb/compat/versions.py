@@ -117,6 +117,25 @@ def _own_stretch(raw: Raw) -> Any:
     return scaling.get("factor") and context and original and scaling["factor"] != context / original
 
 
+def one_in(count: int, period: int) -> list[str]:
+    """Return ``layer_types`` of `count` layers, of which the last of each `period` has full attention."""
+    return ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(count)]
+
+
+def _unusual_order(raw: Raw) -> bool:
+    """Tell whether ``layer_types`` says something else than versions assume that do not read it."""
+    types, period = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    if not isinstance(types, list):
+        return False
+    if _kind(raw, *PATTERNED):
+        return not isinstance(period, int) or period < 1 or types != one_in(len(types), period)
+    return _kind(raw, "gemma2") and types != one_in(len(types), 2)
+
+
+PATTERNED = ("cohere2", "gemma3_text")
+"""Types that had a sliding_window_pattern before they had layer_types."""
+WINDOWLESS = ("llama", "gemma", "granite", "cohere", "olmo2", "glm")
+"""Types without sliding windows, whose KV cache obeys a stray one in newer versions."""
 FAMILIES = (
     _family("Llama, InternLM (as Llama), Yi, SmolLM", FLOOR, "llama"),
     _family("Llama 4 (text)", (4, 53), "llama4_text", "llama4"),
@@ -180,6 +199,8 @@ FEATURES = (
     Need("sliding windows of Qwen2 and Qwen3", (4, 53),
          lambda raw: _kind(raw, "qwen2", "qwen3", "qwen3_moe") and _slides_in_part(raw)),
     Need("sliding windows of Qwen2-MoE", (5, 0), lambda raw: _kind(raw, "qwen2_moe") and _slides_in_part(raw)),
+    Need("an unusual order of layer_types", (4, 53), _unusual_order),
+    Need("a sliding_window of a model that has none", (4, 56, 2), lambda raw: _kind(raw, *WINDOWLESS) and _slides(raw)),
     Need("the experts in groups of DeepSeek-V2", (5, 14), lambda raw: raw.get("topk_method") == "group_limited_greedy", (5, 0),
          lacking=True),
     Need("the norm in groups of Mamba 2", (5, 23), lambda raw: _kind(raw, "mamba2") and raw.get("n_groups", 8) != 1),
@@ -192,6 +213,9 @@ def parse(text: str) -> Version:
     """Return ``(5, 24, 0)`` for ``"5.24.0.dev0"``: a pre-release or post-release counts as its release."""
     numbers = re.match(r"\d+(\.\d+){0,2}", text)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+TABLE = (*FAMILIES, *OTHERS, *FEATURES)
 
 
 def installed() -> Version:
@@ -266,4 +290,4 @@ def unmet(raw: Raw, version: Version) -> Iterator[Need]:
     version : Version
         The version in question.
     """
-    return (need for need in (*FAMILIES, *OTHERS, *FEATURES) if not need.met(version) and need.concerns(raw))
+    return (need for need in TABLE if not need.met(version) and need.concerns(raw))

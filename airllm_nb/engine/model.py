@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from airllm_nb.compat import cache
+from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub
@@ -136,20 +136,26 @@ class LayeredModel:
         ------
         PromptError
             If prompt and new tokens do not fit the context.
+        UnsupportedError
+            If the installed transformers would generate wrongly from a padded batch.
         """
         args, kwargs = self._on_device(args), self._on_device(kwargs)
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         prompt = context.count_tokens(ids)
-        self._require_fit(prompt, context.new_tokens(kwargs, self._hf.generation_config, prompt or 0))
+        new = context.new_tokens(kwargs, self._hf.generation_config, prompt or 0)
+        self._require_fit(prompt, new)
+        longrope.refuse_padded_growth(self.config, kwargs.get("attention_mask"), (prompt or 0) + new)
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
             kwargs["assistant_model"] = assistant._hf  # noqa: SLF001  # transformers inspects and copies it
         if self._streams and hasattr(self._hf.generation_config, "disable_compile"):
             kwargs.setdefault("disable_compile", True)  # weights that come and go break the graph
         with self._runtime.lock:
             self._runtime.keeps_cache = kwargs.get("past_key_values") is not None
+            grad = torch.is_grad_enabled()
             try:
                 return self._hf.generate(*args, **kwargs)
             finally:
+                torch.set_grad_enabled(grad)  # as in Runtime.run
                 self._runtime.keeps_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

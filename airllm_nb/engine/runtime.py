@@ -76,6 +76,7 @@ class Runtime:
             restore = cache.snapshot(past) if self.keeps_cache else None
             begin = time.perf_counter()
             completed = False
+            grad = torch.is_grad_enabled()
             try:
                 self._running = True
                 if self.listener is not None:
@@ -85,6 +86,7 @@ class Runtime:
                 completed = True
                 return result
             finally:
+                torch.set_grad_enabled(grad)  # an interrupt within no_grad's own exit would leave it off
                 self._running = False
                 if not completed:
                     self.recover()

@@ -101,7 +101,7 @@ def where(device: str) -> tuple[list[Finding], torch.device]:
 def inexact() -> list[Finding]:
     """Return what the installed transformers cannot compute exactly, each with the version that can."""
     version = versions.installed()
-    needs = [need for need in (*versions.FAMILIES, *versions.FEATURES) if not need.met(version)]
+    needs = [need for need in versions.TABLE if not need.met(version)]
     return [Finding(False, need.what, f"needs {versions.dotted(need.exact)}") for need in needs]
 
 
@@ -190,7 +190,9 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     before, after = _flat(old), _flat(new)
     gone, come = ([name for name in one if name not in other] for one, other in ((before, after), (after, before)))
     other = [name for name in before if name in after and before[name] != after[name]]
-    replaced = f"{', '.join(gone)} → {', '.join(come)}" if gone and come else ", ".join(come)
+    replaced = (
+        " → ".join(", ".join(names) for names in (gone, come) if names) if come else ", ".join(f"no {name}" for name in gone)
+    )
     return "; ".join(filter(None, (replaced, f"another {', '.join(other)}" if other else "")))
 
 

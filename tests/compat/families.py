@@ -20,6 +20,7 @@ PROMPTS = {"short": 9, "long": 20, "again": 9}
 """Tokens. The long one exceeds every window and original context below; the short one crosses them while it generates,
 and comes again when the model has seen a longer one."""
 NEW_TOKENS = 8
+PADDING = 4
 
 
 def _llama(**fields) -> dict:
@@ -101,6 +102,9 @@ FAMILIES: dict[str, dict] = CONFIGS | {
                                    "original_max_position_embeddings": 16}),
     "mistral-yarn": CONFIGS["mistral"] | {
         "sliding_window": None, "rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}},
+    "stablelm-linear": _kind("stablelm", partial_rotary_factor=0.5, rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama-stray-window": _llama(sliding_window=6),
+    "gemma2-stray-pattern": _kind("gemma2", sliding_window=6, sliding_window_pattern=3, query_pre_attn_scalar=20, **GEMMA),
     "stablelm-dynamic": _kind("stablelm", partial_rotary_factor=0.5, max_position_embeddings=16,
                               rope_scaling={"type": "dynamic", "factor": 4.0}),
     "falcon-linear": _kind("falcon", num_kv_heads=2, new_decoder_architecture=True, bias=False, alibi=False,
@@ -132,10 +136,12 @@ def prompt(name: str) -> torch.Tensor:
     return torch.randint(0, 256, (2, PROMPTS[name]), generator=torch.Generator().manual_seed(len(name)))
 
 
-def greedy(model, ids: torch.Tensor) -> torch.Tensor:
-    """Return exactly NEW_TOKENS new ids for each row."""
+def greedy(model, ids: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """Return exactly NEW_TOKENS new ids for each row, of which the first begins with `padding` tokens that do not count."""
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 257}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
 
 def make(folder: Path, name: str) -> None:
@@ -155,6 +161,7 @@ def make(folder: Path, name: str) -> None:
         with torch.no_grad():
             expected[f"{kind}.logits"] = model(ids).logits.contiguous()
         expected[f"{kind}.tokens"] = greedy(model, ids).contiguous()
+    expected["padded.tokens"] = greedy(model, prompt("short"), PADDING).contiguous()
     save_file(expected, folder / "expected.safetensors", {"format": "pt", "transformers": transformers.__version__})
 
 

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from airllm_nb import LayeredModel, plan
-from airllm_nb.compat import versions
+from airllm_nb.compat import longrope, versions
 from airllm_nb.compat.classic import classic
 from airllm_nb.errors import UnsupportedError
 
@@ -51,6 +51,8 @@ def answers(model):
         with torch.no_grad():
             yield f"{kind}.logits", model(ids).logits
         yield f"{kind}.tokens", families.greedy(model, ids)
+    if INSTALLED >= longrope.EXACT or versions.rope_type(getattr(model.config, "rope_scaling", None)) != "longrope":
+        yield "padded.tokens", families.greedy(model, families.prompt("short"), families.PADDING)
 
 
 @pytest.mark.parametrize("style", families.STYLES)

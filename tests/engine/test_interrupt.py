@@ -90,9 +90,33 @@ def test_at_random_moments(checkpoint):
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+            assert torch.is_grad_enabled()
             if step % 5 == 0:
                 assert torch.equal(model.generate(IDS, **OPTIONS), expected)
         assert interrupted > 20
         assert torch.equal(model.generate(IDS, **OPTIONS), expected)
     assert {event.completed for event in events if isinstance(event, PassEnd)} == {True, False}
     assert [event.completed for event in events if isinstance(event, LoadEnd)] == [True]
+
+
+@pytest.mark.parametrize("call", [lambda model: model.generate(IDS, **OPTIONS), lambda model: model(IDS)], ids=["generate", "forward"])
+@pytest.mark.parametrize("moment", range(3))
+def test_on_the_way_out_of_no_grad(checkpoint, monkeypatch, call, moment):
+    """An interrupt there, before PyTorch has taken it back, would leave the whole session without gradients."""
+    leave, left = torch.no_grad.__exit__, []
+
+    def interrupted(context, *error):
+        left.append(context)
+        if len(left) == moment + 1:
+            raise KeyboardInterrupt
+        leave(context, *error)
+
+    with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32") as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.no_grad, "__exit__", interrupted)
+            try:
+                call(model)
+            except KeyboardInterrupt:
+                assert len(left) > moment
+        assert torch.is_grad_enabled()
+        assert left
