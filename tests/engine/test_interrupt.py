@@ -99,7 +99,7 @@ def test_at_random_moments(checkpoint):
     assert [event.completed for event in events if isinstance(event, LoadEnd)] == [True]
 
 
-@pytest.mark.parametrize("call", [lambda model: model.generate(IDS, **OPTIONS), lambda model: model(IDS)], ids=["generate", "forward"])
+@pytest.mark.parametrize("call", [lambda model: model.generate(IDS, **OPTIONS), lambda model: model(IDS)], ids=["all", "one"])
 @pytest.mark.parametrize("moment", range(3))
 def test_on_the_way_out_of_no_grad(checkpoint, monkeypatch, call, moment):
     """An interrupt there, before PyTorch has taken it back, would leave the whole session without gradients."""
