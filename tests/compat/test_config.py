@@ -60,7 +60,7 @@ REFUSED = [  # config.json, a version that is refused, one that is not, what the
     (kind("gemma2", layer_types=["full_attention", "sliding_attention"]), (4, 52, 4), (4, 53), "an unusual order of layer_types"),
     (kind("cohere2", sliding_window_pattern=2, layer_types=["full_attention"] * 2), (4, 52, 4), (4, 53), "an unusual order"),
     (kind("llama", head_dim=24, num_attention_heads=4, hidden_size=64), (4, 44, 2), (4, 45), "heads of Llama and Mistral"),
-    (kind("llama4", text_config=kind("llama4_text")), (4, 55, 4), (4, 53, 3), "the attention of Llama 4"),
+    (kind("llama4", text_config=kind("llama4_text")), (4, 53, 3), (4, 56, 2), "the attention of Llama 4"),
 ]
 HARMLESS = [
     kind("phi3", sliding_window=16, max_position_embeddings=16, partial_rotary_factor=1.0),

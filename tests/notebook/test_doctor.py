@@ -56,7 +56,7 @@ def test_the_environment(shell):
 
 def test_what_the_installed_version_cannot_compute():
     parts = sections(doctor.text(None, **OPTIONS))[1]
-    unmet = [need for need in (*versions.FAMILIES, *versions.FEATURES) if not need.met(INSTALLED)]
+    unmet = [need for need in versions.TABLE if not need.met(INSTALLED)]
     shown = parts.get(f"refused, because transformers {HERE} does not compute it exactly", "")
     assert shown.splitlines() == [
         f"✗ {need.what:{2 + max(len(other.what) for other in unmet)}}needs {versions.dotted(need.exact)}" for need in unmet
