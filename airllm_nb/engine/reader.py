@@ -7,18 +7,23 @@ but not what was there before, because other processes may share it.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from airllm_nb.engine.checkpoint import Checkpoint, FileState
+from airllm_nb.engine.page_cache import Residue
 from airllm_nb.errors import AirLLMError, CheckpointError
 
 CHUNK = 8 << 20
 """Bytes per system call: large enough for the disk's full rate, small enough to stop quickly in between."""
 
-_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what is in the page cache
+
+class _File(NamedTuple):
+    descriptor: int
+    residue: Residue
+    lock: threading.Lock
 
 
 class Reader:
@@ -32,7 +37,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._states = checkpoint.states
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self.stopped = False
         """Set it to end a read that is under way."""
@@ -54,29 +59,16 @@ class Reader:
         Returns
         -------
         int
-            How many of the bytes were not in the page cache.
+            How many of the bytes were not in the page cache, as far as can be known (`Residue.known`).
 
         Raises
         ------
         CheckpointError
             If the file was removed, replaced, truncated or rewritten, or the disk gives an error.
         """
-        done = missed = 0
         try:
-            descriptor = self._open(path)
-            while done < len(into):
-                if self.stopped:
-                    raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
-                part = into[done : done + CHUNK]
-                count = _read_cached(descriptor, part, offset + done)
-                if count == 0:
-                    count = _read_disk(descriptor, part, offset + done)
-                    missed += count
-                    if count and not keep_cached and hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
-                if count == 0:
-                    raise _changed(path, "was truncated")
-                done += count
+            file = self._open(path)
+            missed = self._fill(file, path, offset, into, keep_cached=keep_cached)
             self._check(path)
         except FileNotFoundError as error:
             raise _changed(path, "was removed") from error
@@ -86,20 +78,45 @@ class Reader:
             ) from error
         return missed
 
+    def _fill(self, file: _File, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
+        end = offset + len(into)
+        with file.lock:
+            missed = file.residue.missing(offset, end)
+        done = 0
+        while done < len(into):
+            if self.stopped:
+                raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
+            count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
+            if count == 0:
+                raise _changed(path, "was truncated")
+            if not keep_cached:
+                with file.lock:
+                    file.residue.drop(offset + done, offset + done + count)
+            done += count
+        if keep_cached:
+            with file.lock:
+                file.residue.keep(offset, end)
+        return missed
+
     def close(self) -> None:
         """Close the files. Reading again opens them again."""
         with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            while self._files:
+                _, file = self._files.popitem()
+                with file.lock:
+                    file.residue.drop_all()
+                os.close(file.descriptor)
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> _File:
         with self._lock:
-            if path not in self._descriptors:
+            if path not in self._files:
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-                if hasattr(os, "posix_fadvise"):  # the kernel's own read-ahead would hide what was cached before
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                self._descriptors[path] = descriptor
-            return self._descriptors[path]
+                try:
+                    self._files[path] = _File(descriptor, Residue(descriptor), threading.Lock())
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+            return self._files[path]
 
     def _check(self, path: Path) -> None:
         """Check by name *after* reading: then what was read is what the checkpoint described."""
@@ -107,22 +124,10 @@ class Reader:
             raise _changed(path, "was replaced or rewritten")
 
 
-def _read_cached(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read what lies in the page cache, up to the first page that does not; 0 if nothing or unknown."""
-    if _NOWAIT is None:
-        return 0
-    try:
-        return os.preadv(descriptor, [into], offset, _NOWAIT)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            return 0
-        raise
-
-
 _seeking = threading.Lock()
 
 
-def _read_disk(descriptor: int, into: memoryview, offset: int) -> int:
+def _read(descriptor: int, into: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [into], offset)
     with _seeking:  # Windows has no positional read

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from airllm_nb.engine import reader as reader_module
+from airllm_nb.engine import page_cache
 from airllm_nb.engine.checkpoint import FileState
 from airllm_nb.engine.reader import CHUNK, Reader
 from airllm_nb.errors import CheckpointError
@@ -27,37 +27,74 @@ def read(reader, path, offset, size, **options):
     return bytes(into), missed
 
 
-@pytest.mark.parametrize("nowait", [True, False], ids=["page cache asked", "page cache unknown"])
+@pytest.mark.parametrize("known", [True, False], ids=["page cache asked", "page cache unknown"])
+@pytest.mark.parametrize("keep_cached", [True, False])
 @pytest.mark.parametrize(("offset", "size"), [(0, 1), (3, CHUNK), (CHUNK - 1, CHUNK + 2), (12345, 2 * CHUNK), (7, 0)])
-def test_the_bytes_of_the_file(data, monkeypatch, offset, size, nowait):
-    if not nowait:
-        monkeypatch.setattr(reader_module, "_NOWAIT", None)
+def test_the_bytes_of_the_file(data, monkeypatch, offset, size, keep_cached, known):
+    if not known:
+        monkeypatch.setattr(page_cache, "_mincore", None)
     reader = Reader(Files(data))
-    assert read(reader, data, offset, size)[0] == data.read_bytes()[offset : offset + size]
+    for _ in range(2):
+        assert read(reader, data, offset, size, keep_cached=keep_cached)[0] == data.read_bytes()[offset : offset + size]
     reader.close()
 
 
 def test_a_system_without_positional_reads(data, monkeypatch):
-    monkeypatch.setattr(reader_module, "_NOWAIT", None)
+    monkeypatch.setattr(page_cache, "_mincore", None)
     monkeypatch.delattr(os, "preadv")
     reader = Reader(Files(data))
     assert read(reader, data, 5, CHUNK)[0] == data.read_bytes()[5 : 5 + CHUNK]
     reader.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what the page cache holds")
+def cached(path):
+    """Return which pages of a file are in the page cache."""
+    with path.open("rb") as file:
+        residue = page_cache.Residue(file.fileno())
+        return residue._look(0, len(residue._ours))
+
+
+def evict(path, begin=0, size=0):
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+
+
+only_linux = pytest.mark.skipif(page_cache._mincore is None, reason="only Linux tells what the page cache holds")
+
+
+@only_linux
+def test_pages_that_were_there_stay_and_the_others_go(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(6 * CHUNK))
+    evict(path)
+    if cached(path).any():
+        pytest.skip("this file system never leaves the page cache")
+    reader = Reader(Files(path))
+    with path.open("rb", buffering=0) as file:  # somebody else reads a part, some of which the kernel reads ahead
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.seek(2 * CHUNK)
+        file.read(CHUNK)
+    before = cached(path)
+    assert before.any()
+    assert not before.all()
+    for offset in range(123, 5 * CHUNK, CHUNK // 3):
+        read(reader, path, offset, CHUNK // 3, keep_cached=False)
+    assert cached(path)[before].all()
+    reader.close()
+    assert (cached(path) == before).all()
+
+
+@only_linux
 def test_tells_disk_from_page_cache_and_drops_what_it_brought_in(data):
     reader = Reader(Files(data))
     size = data.stat().st_size
-    with data.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    evict(data)
     missed = read(reader, data, 0, size)[1]
     if missed == 0:
         pytest.skip("this file system never leaves the page cache")
     assert read(reader, data, 0, size)[1] == 0  # kept
-    with data.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    evict(data)
     assert read(reader, data, 0, size, keep_cached=False)[1] > size / 2
     assert read(reader, data, 0, size, keep_cached=False)[1] > size / 2  # dropped
     reader.close()
