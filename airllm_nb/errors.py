@@ -42,6 +42,10 @@ class MemoryBudgetError(AirLLMError):
     """The memory budget is not a size, or below the least that works."""
 
 
+class SharingError(AirLLMError):
+    """The weights cannot be shared with other processes, because their files could be changed underneath."""
+
+
 class HubError(AirLLMError):
     """A model cannot be fetched: no network, no such repository, or a login is needed."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
-
-import torch
+from collections.abc import Callable
+from typing import Any
 
 from airllm_nb.compat import initialize, routing
 from airllm_nb.engine.plan import Plan
@@ -13,7 +14,7 @@ from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stream import WeightStream
-from airllm_nb.engine.weights import GroupReader, WeightGroup
+from airllm_nb.engine.weights import GroupReader
 from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, LoadBegin, LoadEnd, Source
 
 
@@ -27,7 +28,7 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
     plan : Plan
         Says which those are.
     groups : GroupReader
-        Reads them.
+        Reads (or maps) them.
     runtime : Runtime
         Gets the stream of the others.
     streams : list of WeightStream
@@ -35,26 +36,23 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
     """
     begin, completed = time.perf_counter(), False
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
-    fill = _Fill(groups, runtime)
+    telling = _Telling(runtime)
     try:
-        always = torch.empty(skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
-        groups.fill(skeleton.always, always, keep_cached=True)
-        skeleton.always.attach(always.to(plan.device))
+        groups.load(skeleton.always, plan.device)
         initialize.rewrite_buffers(skeleton.model)
         routing.refuse_negative_bias(skeleton.model)
         for layer, info in zip(skeleton.layers, plan.layers, strict=True):
             if info.resident:
-                host = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
-                fill(info, layer.group, host)
-                layer.group.attach(host.to(plan.device))
+                telling(info, groups.load, layer.group, plan.device)
             else:
                 layer.group.detach()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
         if streamed:
             layer_groups = [layer.group for layer in skeleton.layers]
+            stream = functools.partial(groups.fill, keep_cached=False)
 
             def read(index: int, slot: Slot) -> None:
-                fill(plan.layers[index], layer_groups[index], slot.host)
+                telling(plan.layers[index], stream, layer_groups[index], slot.host)
 
             runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
             streams.append(runtime.stream)
@@ -64,19 +62,17 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
         runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
 
 
-class _Fill:
-    """Reads a layer and tells of it; the reading thread that holds this must not keep a forgotten model (or listener) alive."""
+class _Telling:
+    """Tells of a layer's reading; the reading thread that holds this must not keep a forgotten model (or listener) alive."""
 
-    def __init__(self, groups: GroupReader, runtime: Runtime) -> None:
-        self._groups = groups
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = weakref.ref(runtime)
         self._sources = runtime.sources
 
-    def __call__(self, info: LayerInfo, group: WeightGroup, host: torch.Tensor) -> None:
+    def __call__(self, info: LayerInfo, read: Callable[..., bool], *args: Any) -> None:
         start = time.perf_counter()
         self._emit(LayerRead(info.index, info.name, info.nbytes))
-        from_disk = self._groups.fill(group, host, keep_cached=info.resident)
-        source: Source = "disk" if from_disk else "cache"
+        source: Source = "disk" if read(*args) else "cache"
         self._sources[info.index] = source
         self._emit(LayerReady(info.index, info.name, info.nbytes, time.perf_counter() - start, source))
 

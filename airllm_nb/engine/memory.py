@@ -53,8 +53,14 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:#.3g}".rstrip(".") + f" {unit}"
 
 
-def limits() -> dict[str, int]:
+def limits(*, mapped: bool = False) -> dict[str, int]:
     """Return what each authority over this process's memory still allows.
+
+    Parameters
+    ----------
+    mapped : bool
+        For memory that is itself file pages. Those that lie there already and are in use count as used otherwise, and may be
+        the very ones: of a model that was mapped before.
 
     Returns
     -------
@@ -67,7 +73,7 @@ def limits() -> dict[str, int]:
         allowed = _number(limit)
         if allowed is not None and allowed < UNLIMITED:
             # File pages count as used but are given back on demand.
-            used = (_number(usage) or 0) - _stat(stat, cache)
+            used = (_number(usage) or 0) - _stat(stat, cache) - mapped * _stat(stat, cache.replace("inactive", "active"))
             left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - used, 0))
     with contextlib.suppress(MemoryBudgetError):  # set by JupyterHub's spawners, in bytes; 0 or nothing is no limit
         limit_size = parse_size(os.environ.get("MEM_LIMIT", ""))
@@ -75,12 +81,12 @@ def limits() -> dict[str, int]:
     return left
 
 
-def available(device: torch.device) -> tuple[int, str]:
-    """Return the bytes that weights could still use on `device`, and the name of the limit that says so."""
+def available(device: torch.device, *, mapped: bool = False) -> tuple[int, str]:
+    """Return the bytes that weights (owned or `mapped`) could still use on `device`, and the name of the limit that says so."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, for it to use again
         return torch.cuda.mem_get_info(device)[0] + cached, "free GPU memory"
-    left = limits()
+    left = limits(mapped=mapped)
     name = min(left, key=left.__getitem__)
     return left[name], name
 

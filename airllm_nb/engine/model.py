@@ -18,9 +18,11 @@ from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
+from airllm_nb.engine.mapped import SharingReader
 from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.runtime import Runtime
+from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
@@ -80,6 +82,7 @@ class LayeredModel:
         revision: str | None = None,
         token: str | bool | None = None,
         trust_remote_code: bool = False,
+        shared: Shared = False,
         progress: Listener | None = None,
     ) -> LayeredModel:
         """Load a model.
@@ -98,6 +101,10 @@ class LayeredModel:
             Branch, tag or commit of a hub model, and the token that opens it.
         trust_remote_code : bool
             Allow code from the checkpoint to run. Off unless you say so.
+        shared : bool or "insist"
+            True maps the weights that stay from the checkpoint's files, so that all processes that do hold one copy together:
+            on the CPU, and where this user cannot change the files (another owner and no permission to write, or a read-only
+            mount). ``"insist"`` does it anyway: then a file that is rewritten changes the model, or kills the process.
         progress : callable(event), optional
             Told of every event, see `airllm_nb.events`.
 
@@ -114,14 +121,15 @@ class LayeredModel:
         name, model = named(model, progress)
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
-        chosen, number, reasons = choose(checkpoint, device, dtype)
+        chosen, number, reasons = choose(checkpoint, device, dtype, shared)
         skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
-        decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+        decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:
             loaded.progress = progress
-            load_weights(skeleton, decided, GroupReader(checkpoint, reader), loaded._runtime, loaded._streams)
+            groups = (SharingReader if shared else GroupReader)(checkpoint, reader)
+            load_weights(skeleton, decided, groups, loaded._runtime, loaded._streams)
         except BaseException:
             loaded.close()
             raise

@@ -15,6 +15,7 @@ from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.residency import decide, least_budget
+from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.errors import MemoryBudgetError, UnsupportedError
 from airllm_nb.events import Fetching, LayerInfo, Listener
@@ -52,6 +53,9 @@ class Plan:
         Sizes of the buffers that streamed layers are read into.
     reasons : tuple of str
         Why this device, dtype and budget.
+    shared_nbytes : int or None
+        How much of what stays is mapped from the files, one copy for all processes; None if sharing was not asked for. It
+        counts in the budget as if it were owned: pages that do not fit would be read again for every token.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Plan:
     streamed_nbytes: int
     window: tuple[int, ...]
     reasons: tuple[str, ...]
+    shared_nbytes: int | None = None
 
     @property
     def used_nbytes(self) -> int:
@@ -84,10 +89,21 @@ class Plan:
             f"device    {self.device}  ({device})",
             f"dtype     {dtype}  ({number})",
             f"memory    {used} of {allowed}  ({budget}); at least {least}",
+            *([f"shared    {self.sharing}"] if self.sharing else ()),
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
         ))  # fmt: skip
+
+    @property
+    def sharing(self) -> str:
+        """What is shared with other processes and what is not, in words; empty if sharing was not asked for."""
+        if self.shared_nbytes is None:
+            return ""
+        own = f"{format_size(self.used_nbytes - self.shared_nbytes)} own"
+        if not self.shared_nbytes:
+            return f"nothing, because no weight that stays lies in the files as it computes; {own}"
+        return f"{format_size(self.shared_nbytes)} mapped from the files (page cache: one copy for all, counted above), {own}"
 
 
 def plan(
@@ -99,13 +115,14 @@ def plan(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    shared: Shared = False,
     progress: Listener | None = None,
 ) -> Plan:
     """Tell what loading a model would mean, from its headers alone: no weight is downloaded or read.
 
     Parameters
     ----------
-    model, device, dtype, memory, revision, token, trust_remote_code, progress
+    model, device, dtype, memory, revision, token, trust_remote_code, shared, progress
         As for `LayeredModel.from_pretrained`.
 
     Raises
@@ -117,13 +134,13 @@ def plan(
     name, model = named(model, progress)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
-    chosen, number, reasons = choose(checkpoint, device, dtype)
+    chosen, number, reasons = choose(checkpoint, device, dtype, shared)
     skeleton = build(folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
-    return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+    return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
 
 
 def choose(
-    checkpoint: Checkpoint, device: str | torch.device, dtype: str | torch.dtype
+    checkpoint: Checkpoint, device: str | torch.device, dtype: str | torch.dtype, shared: Shared = False
 ) -> tuple[torch.device, torch.dtype, tuple[str, str]]:
     """Choose device and dtype for a checkpoint; returns them with the two reasons."""
     published = checkpoint.dtype
@@ -133,6 +150,9 @@ def choose(
             "Use the checkpoint with bfloat16, float16 or float32 weights.",
         )
     chosen, device_reason = select_device(device)
+    require_shareable(checkpoint, chosen, shared)
+    if shared and dtype == "auto" and published != torch.float64:
+        return chosen, published, (device_reason, "auto: the checkpoint's own, so that its weights can be shared")
     number, dtype_reason = select_dtype(dtype, published, chosen)
     return chosen, number, (device_reason, dtype_reason)
 
@@ -145,6 +165,8 @@ def make_plan(
     dtype: torch.dtype,
     budget: str | float,
     reasons: tuple[str, str],
+    *,
+    shared: Shared = False,
 ) -> Plan:
     """Decide what stays and what streams within a budget.
 
@@ -156,7 +178,7 @@ def make_plan(
     sizes = [layer.group.nbytes for layer in skeleton.layers]
     always = skeleton.always.nbytes
     if str(budget).strip().lower() == "auto":
-        free, limit = memory.available(device)
+        free, limit = memory.available(device, mapped=bool(shared))
         reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), dtype)
         allowed = max(free - reserve, 0)
         reason = f"auto: {limit} less {format_size(reserve)} for the KV cache and activations"
@@ -180,10 +202,13 @@ def make_plan(
         for recipe in layer.group.recipes
         for source in recipe.sources
     )
+    stay = [skeleton.always, *(layer.group for layer, info in zip(skeleton.layers, layers, strict=True) if info.resident)]
+    mapped = sum(entry.nbytes for group in stay for entry in shareable(group, checkpoint).values()) if shared else None
     return Plan(
         name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least, always_nbytes=always,
         total_nbytes=always + sum(sizes), checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed,
         window=decision.window, reasons=(*reasons, reason),
+        shared_nbytes=mapped,
     )  # fmt: skip
 
 

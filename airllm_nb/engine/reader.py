@@ -71,7 +71,7 @@ class Reader:
             missed = self._fill(file, path, offset, into, keep_cached=keep_cached)
             self._check(path)
         except FileNotFoundError as error:
-            raise _changed(path, "was removed") from error
+            raise changed(path, "was removed") from error
         except OSError as error:
             raise CheckpointError(
                 f"Reading {path.name} failed: {error.strerror}.", "Check the disk, then load the model again."
@@ -88,7 +88,7 @@ class Reader:
                 raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
             count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
             if count == 0:
-                raise _changed(path, "was truncated")
+                raise changed(path, "was truncated")
             if not keep_cached:
                 with file.lock:
                     file.residue.drop(offset + done, offset + done + count)
@@ -121,7 +121,7 @@ class Reader:
     def _check(self, path: Path) -> None:
         """Check by name *after* reading: then what was read is what the checkpoint described."""
         if FileState.of(os.stat(path)) != self._states[path]:  # noqa: PTH116  # half the time of Path.stat, at every tensor
-            raise _changed(path, "was replaced or rewritten")
+            raise changed(path, "was replaced or rewritten")
 
 
 _seeking = threading.Lock()
@@ -137,7 +137,8 @@ def _read(descriptor: int, into: memoryview, offset: int) -> int:
     return len(data)
 
 
-def _changed(path: Path, how: str) -> CheckpointError:
+def changed(path: Path, how: str) -> CheckpointError:
+    """Return the error of a file that is no longer what the checkpoint described."""
     return CheckpointError(
         f"{path.name} {how} after the model was loaded, so its weights can no longer be trusted.", "Load the model again."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,13 +102,27 @@ class WeightGroup:
 
     def attach(self, buffer: torch.Tensor) -> None:
         """Let the model's modules use the weights in `buffer`, which has just been filled."""
-        for name, view in self.views(buffer).items():
+        self.put(self.views(buffer))
+
+    def put(self, tensors: Tensors) -> None:
+        """Let the model's modules use these weights, fresh from the checkpoint."""
+        for name, view in tensors.items():
             with torch.no_grad():
                 for function, args, kwargs in self._changes[name]:
                     function(view, *args, **kwargs)
             parameter = _parameter(view)
             for place in self.weights[name].places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
+
+    def without(self, names: Collection[str], device: torch.device) -> WeightGroup:
+        """Return a group of the other weights. `names` come from recipes that make nothing else."""
+        rest = [
+            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN)
+            for weight in self.weights.values()
+            if weight.name not in names
+        ]
+        recipes = [recipe for recipe in self.recipes if recipe.targets.keys().isdisjoint(names)]
+        return WeightGroup(self.name, rest, recipes, device)
 
     def detach(self) -> None:
         """Let the parameters be away: the modules hold no memory. May be called at any time."""
@@ -136,6 +150,13 @@ class GroupReader:
         self._checkpoint = checkpoint
         self._reader = reader
         self._staging = threading.local()
+
+    def load(self, group: WeightGroup, device: torch.device) -> bool:
+        """Bring a group's weights in, to stay, and attach them; True if any of it had to come from the disk."""
+        host = torch.empty(group.nbytes, dtype=torch.uint8, device="cpu")
+        from_disk = self.fill(group, host, keep_cached=True)
+        group.attach(host.to(device))
+        return from_disk
 
     def fill(self, group: WeightGroup, buffer: torch.Tensor, *, keep_cached: bool) -> bool:
         """Read a group's weights into a flat uint8 buffer on the CPU.

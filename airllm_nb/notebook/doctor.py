@@ -5,16 +5,27 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from airllm_nb.compat import versions
 from airllm_nb.notebook import findings
 from airllm_nb.notebook.findings import Finding
 
+if TYPE_CHECKING:
+    from airllm_nb.engine.sharing import Shared
+
 WIDTH = 100
 
 
 def text(
-    model: str | None, *, device: str, dtype: str, memory: str, revision: str | None = None, trust_remote_code: bool = False
+    model: str | None,
+    *,
+    device: str,
+    dtype: str,
+    memory: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    shared: Shared = False,
 ) -> str:
     """Examine this environment, and a model in it; the first lines are the answer.
 
@@ -22,7 +33,7 @@ def text(
     ----------
     model : str or None
         Hub id, local folder, or ``"demo"``; without one, only the environment is examined.
-    device, dtype, memory, revision, trust_remote_code
+    device, dtype, memory, revision, trust_remote_code, shared
         As for `LayeredModel.from_pretrained`.
     """
     if broken := findings.engine():
@@ -33,7 +44,13 @@ def text(
         found += findings.where(device)[0]
     elif found[0].ok:  # or nothing is worth fetching
         found = findings.of_model(
-            model, device=device, dtype=dtype, memory=memory, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            shared=shared,
         )
         blocks.insert(0, _section("model", found))
     return "\n\n".join([_answer(model, found), *blocks])

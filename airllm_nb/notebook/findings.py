@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from airllm_nb.engine.checkpoint import Checkpoint
+    from airllm_nb.engine.sharing import Shared
 
 PACKAGES = ("torch", "safetensors", "huggingface_hub", "tokenizers", "ipywidgets", "IPython", "ipykernel")
 NOT_ALWAYS = {"ipywidgets": "only the picture of the layers needs it", "ipykernel": "only a notebook needs it"}
@@ -106,13 +107,20 @@ def inexact() -> list[Finding]:
 
 
 def of_model(
-    model: str, *, device: str, dtype: str, memory: str, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    memory: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    shared: Shared = False,
 ) -> list[Finding]:
     """Examine a model as far as its headers tell; whatever is wrong with it is a finding, not an exception.
 
     Parameters
     ----------
-    model, device, dtype, memory, revision, trust_remote_code
+    model, device, dtype, memory, revision, trust_remote_code, shared
         As for `LayeredModel.from_pretrained`.
     """
     from airllm_nb.engine import hub
@@ -123,9 +131,9 @@ def of_model(
     with _told(found, "files"):
         folder, headers = hub.locate_headers(named(model)[1], revision=revision)
         found += _config(folder, read_config(folder), trust_remote_code=trust_remote_code)
-        found += _place(Checkpoint(folder, headers), device, dtype)
+        found += _place(Checkpoint(folder, headers), device, dtype, shared)
         if all(one.ok for one in found):
-            options = {"revision": revision, "trust_remote_code": trust_remote_code}
+            options = {"revision": revision, "trust_remote_code": trust_remote_code, "shared": shared}
             found += _fit(model, device=device, dtype=dtype, memory=memory, **options)
     return found
 
@@ -206,15 +214,18 @@ def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _place(checkpoint: Checkpoint, device: str, dtype: str) -> list[Finding]:
+def _place(checkpoint: Checkpoint, device: str, dtype: str, shared: Shared) -> list[Finding]:
     """Tell which device and dtype would be chosen, and why."""
     from airllm_nb.engine.memory import format_size
     from airllm_nb.engine.plan import choose
+    from airllm_nb.engine.sharing import require_shareable
 
     found, chosen = where(device)
-    with _told(found, "dtype"):
-        _, number, (_, reason) = choose(checkpoint, chosen, dtype)
-        found.append(Finding(True, "dtype", f"{str(number).removeprefix('torch.')}  ({reason})"))
+    with _told(found, "shared"):
+        require_shareable(checkpoint, chosen, shared)
+        with _told(found, "dtype"):
+            _, number, (_, reason) = choose(checkpoint, chosen, dtype, shared)
+            found.append(Finding(True, "dtype", f"{str(number).removeprefix('torch.')}  ({reason})"))
     return [*found, Finding(True, "weights", f"{format_size(checkpoint.nbytes)} on disk")]
 
 
@@ -233,6 +244,8 @@ def _fit(model: str, **options: Any) -> list[Finding]:
             return [Finding(False, "memory", error.cause, error.remedy)]
         used, budget, least = map(format_size, (decided.used_nbytes, decided.budget, decided.least))
         found.append(Finding(True, "memory", f"{used} of {budget}  ({decided.reasons[-1]}); at least {least}"))
+        if decided.sharing:
+            found.append(Finding(True, "shared", decided.sharing))
         read = f"; {format_size(decided.streamed_nbytes)} read from disk per token" if decided.streamed_nbytes else ""
         found.append(Finding(True, "layers", report.layers(decided) + read))
     return found

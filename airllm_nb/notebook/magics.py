@@ -131,6 +131,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             "memory": arguments.memory or self.memory,
             "revision": arguments.revision,
             "trust_remote_code": arguments.trust_remote_code,
+            "shared": arguments.shared,
         }
 
     def _keep(self, answer: Answer, name: str | None) -> None:

@@ -60,6 +60,10 @@ def _model_parser(verb: str, description: str, **model: Any) -> Parser:
     parser.option("--device", help="auto, cpu, cuda, cuda:0, mps, xpu (%%airllm devices shows which can be used)")
     parser.option("--dtype", help="auto, float32, bfloat16, float16")
     parser.option("--memory", metavar="SIZE", help='budget for weights, such as 4GB or 800MB; "auto" takes what is free')
+    parser.option("--shared", action="store_const", const=True, default=False,
+                  help="map the weights from files that you cannot change: one copy for all kernels that do (CPU)")  # fmt: skip
+    parser.option("--shared-insist", dest="shared", action="store_const", const="insist",
+                  help="the same where you could change them: rewriting one changes the model, or kills the kernel")  # fmt: skip
     parser.option("--revision", help="branch, tag or commit on the hub")
     parser.option("--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint")
     return parser

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def one_line(model: LayeredModel) -> str:
     """Say what is loaded: ``SmolLM2-135M-Instruct · 30 layers, all resident · cpu · float32 · 538 MB``."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{model.name} · {layers(model)} · {model.device} · {dtype} · {format_size(model.plan.total_nbytes)}"
+    shared = f", {format_size(model.plan.shared_nbytes)} shared" if model.plan.shared_nbytes else ""
+    return f"{model.name} · {layers(model)} · {model.device} · {dtype} · {format_size(model.plan.total_nbytes)}{shared}"
 
 
 def layers(model: LayeredModel | Plan) -> str:

@@ -72,9 +72,12 @@ def test_exact_or_refused(family, name, style):
     with (
         LayeredModel.from_pretrained(folder, device="cpu", dtype="float32") as resident,
         LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=least) as streamed,
+        LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", shared="insist") as mapped,
     ):
-        for (key, one), (_, other) in zip(answers(resident), answers(streamed), strict=True):
+        assert mapped.plan.shared_nbytes > 0
+        for (key, one), (_, other), (_, third) in zip(answers(resident), answers(streamed), answers(mapped), strict=True):
             assert torch.equal(one, other), key
+            assert torch.equal(one, third), key
             assert torch.allclose(one, expected[key], rtol=0, atol=CLOSE), f"{key}: {(one - expected[key]).abs().max()}"
 
 

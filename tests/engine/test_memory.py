@@ -49,7 +49,9 @@ def test_cgroup_limits(tmp_path, monkeypatch, version):
     (tmp_path / names[0]).parent.mkdir(exist_ok=True)
     (tmp_path / names[0]).write_text("1000000000\n")
     (tmp_path / names[1]).write_text("700000000\n")
-    (tmp_path / names[0]).with_name("memory.stat").write_text(f"anon 1\n{cache} 200000000\n")
+    (tmp_path / names[0]).with_name("memory.stat").write_text(
+        f"anon 1\n{cache} 200000000\n{cache.replace('inactive', 'active')} 50000000\n"
+    )
     inner = (tmp_path / names[0]).parent / "user"
     inner.mkdir()
     (inner / names[0].rpartition("/")[2]).write_text("max\n" if version == 2 else "9223372036854771712\n")
@@ -58,3 +60,4 @@ def test_cgroup_limits(tmp_path, monkeypatch, version):
     lines.write_text("0::/user\n" if version == 2 else "4:cpu,cpuacct:/\n7:memory:/user\n")
     monkeypatch.setattr(memory, "OWN_CGROUPS", lines)
     assert memory.limits()["container limit"] == 500_000_000
+    assert memory.limits(mapped=True)["container limit"] == 550_000_000

@@ -11,6 +11,8 @@ CASES = [
     ("%airllm load demo --device ", {"auto", "cpu"}, {"--device", "demo"}),
     ("%airllm load demo --device=c", {"cpu"}, {"auto"}),
     ("%airllm load demo --dtype fl", {"float32", "float16"}, {"bfloat16"}),
+    ("%airllm load demo --sh", {"--shared", "--shared-insist"}, {"--memory"}),
+    ("%airllm load --shared ", {"demo", "--memory"}, set()),
     ("%airllm doctor ", {"demo", "--memory", "--trust-remote-code"}, {"load"}),
     ("%airllm unload ", set(), {"demo", "load"}),
     ("%airllm nonsense ", set(), {"demo", "load"}),

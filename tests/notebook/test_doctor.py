@@ -130,6 +130,11 @@ def test_what_streams(chat):
     assert "✓ layers 4 layers, 1 resident, 3 streamed; 185 kB read" in ask(chat, memory="510kB")[1]
 
 
+def test_what_is_shared(chat):
+    assert "✓ shared 313 kB mapped from the files" in ask(chat, dtype="auto", shared="insist")[1]
+    assert "✓ shared nothing, because no weight that stays" in ask(chat, shared="insist")[1]
+
+
 def test_defaults_count(shell, chat):
     shell.run("%config AirLLMMagics.memory = '1kB'")
     assert "A budget of 1.00 kB is too small" in shell.run(f"%airllm doctor {chat} --device cpu --dtype float32")
@@ -141,6 +146,7 @@ def test_defaults_count(shell, chat):
         ({"memory": "1kB"}, ["✗ memory A budget of 1.00 kB is too small", 'Give memory="1MB" or more']),
         ({"memory": "lots"}, ["✗ memory 'lots' is not a size."]),
         ({"dtype": "int3"}, ["✗ dtype There is no dtype 'int3'", "✓ device cpu"]),
+        ({"shared": True}, ["✗ shared model-00001-of-00004.safetensors cannot be shared", "→ Load it without shared"]),
         ({"device": "gpu9"}, ["✗ device There is no device 'gpu9'.", 'Use "auto"', "✓ dtype float32"]),
     ],
 )  # fmt: skip

@@ -98,6 +98,22 @@ def test_bad_lines_get_one_line(shell, cell, said):
     assert said in shell.fail(cell)
 
 
+def test_sharing(shell, chat):
+    load = f"%airllm load {chat} --device cpu"
+    refused = shell.fail(f"{load} --shared")
+    assert "model-00001-of-00004.safetensors cannot be shared" in refused
+    assert "--shared-insist" in refused
+    shown = shell.run(f"{load} --shared-insist")
+    assert shown == f"{chat.name} · 4 layers, all resident · cpu · bfloat16 · 314 kB, 313 kB shared\n"
+    assert "\nshared    313 kB mapped from the files" in shell.run("%airllm status")
+    shell.run("%%airllm --max-new-tokens 3 -o answer\nHello")
+    text = shell["answer"].text
+    shell.run(f"{load} --dtype bfloat16")
+    shell.run("%%airllm --max-new-tokens 3 -o answer\nHello")
+    assert shell["answer"].text == text
+    assert "shared" not in shell.run("%airllm status")
+
+
 def test_bad_input_for_a_loaded_model(shell, chat, plain):
     shell.run(LOAD.format(chat))
     for cell, said in [
