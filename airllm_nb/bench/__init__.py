@@ -1,0 +1,1 @@
+"""Measures what this machine can expect of the engine, side by side with its peers: ``python -m airllm_nb.bench``."""

@@ -1,0 +1,114 @@
+"""What our engine does while it is measured, in a process of its own: ``python -m airllm_nb.bench.sides NAME '{...}'``.
+
+Each function here is one side of a measurement; it returns what JSON can hold, and the process prints that as its last line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from airllm_nb import LayeredModel, plan
+from airllm_nb.bench import machine
+from airllm_nb.bench.timing import generate, plain
+from airllm_nb.events import PassEnd
+
+Seconds = list[float]
+
+
+def fits(folder: str, dtype: str, tokens: int, rounds: int) -> dict[str, Seconds]:
+    """Generate with everything in memory, in turn: transformers itself, our engine, our engine with a listener."""
+    model = plain(folder, dtype)
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB") as ours:
+        found: dict[str, Seconds] = {"plain": [], "ours": [], "listening": []}
+        for _ in range(rounds + 1):
+            found["plain"] += generate(model, tokens)
+            found["ours"] += generate(ours, tokens)
+            ours.progress = lambda _: None
+            found["listening"] += generate(ours, tokens)
+            ours.progress = None
+    return {name: seconds[tokens:] for name, seconds in found.items()}  # the first round warms up
+
+
+def cold(folder: str, dtype: str) -> dict[str, float]:
+    """Load and generate one token, from files that are not in the page cache; then the same token from memory."""
+    rate = machine.sequential_rate(Path(folder))
+    read, begin = machine.read_bytes(), time.perf_counter()
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB") as ours:
+        generate(ours, 0)
+        first = time.perf_counter() - begin
+        read = machine.read_bytes() - read
+        passes = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            generate(ours, 0)
+            passes.append(time.perf_counter() - begin)
+    rates = [rate, machine.sequential_rate(Path(folder))]
+    return {"first": first, "read": read, "compute": median(passes), "rate": sum(rates) / 2}
+
+
+def streams(folder: str, dtype: str, tokens: int, memory: str | int = "auto", batch: int = 1, **options: Any) -> dict[str, Any]:
+    """Generate while layers stream from the disk; also gives the disk's rate, measured before and after in this process.
+
+    `memory` may also be ``"least"``.
+    """
+    if memory == "least":
+        memory = plan(folder, device="cpu", dtype=dtype, memory="1000TB").least
+    rate = machine.sequential_rate(Path(folder))
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory) as ours:
+        reads: list[int] = []
+
+        def note(event: Any) -> None:
+            if isinstance(event, PassEnd):
+                reads.append(machine.read_bytes())
+
+        ours.progress = note
+        seconds = generate(ours, tokens, batch, **options)
+        streamed = ours.plan.streamed_nbytes
+        layers = [layer.resident for layer in ours.layers]
+    rates = [rate, machine.sequential_rate(Path(folder))]
+    return {
+        "seconds": seconds,
+        "read": [after - before for before, after in itertools.pairwise(reads)],
+        "streamed": streamed,
+        "rate": sum(rates) / 2,
+        "layers": len(layers),
+        "resident": sum(layers),
+    }
+
+
+def peak(folder: str, dtype: str, tokens: int, prompt: int = 32) -> dict[str, int]:
+    """Load with the least budget and generate; gives the most memory that this took, page cache left out."""
+    torch.nn.functional.linear(torch.ones(32, 64), torch.ones(64, 64))  # what PyTorch sets up once
+    planned = plan(folder, device="cpu", dtype=dtype, memory="1000TB")
+    before = machine.anonymous()
+    most, over = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.002):
+            most = max(most, machine.anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=planned.least) as ours:
+            generate(ours, tokens, prompt=prompt)
+    finally:
+        over.set()
+        watcher.join()
+    return {"peak": most - before, "least": planned.least, "before": before}
+
+
+SIDES = {side.__name__: side for side in (fits, cold, streams, peak)}
+
+if __name__ == "__main__":
+    print(json.dumps(SIDES[sys.argv[1]](**json.loads(sys.argv[2]))))

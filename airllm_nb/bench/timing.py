@@ -1,0 +1,48 @@
+"""What is the same on both sides of a comparison: how a model generates, and how that is timed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+PROMPT = 8
+"""Tokens of the prompt. Any will do: the weights are random."""
+
+
+class Stamps:
+    """A logits processor that only notes when it is called: once after each pass."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, _ids: Any, scores: Any) -> Any:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+        return scores
+
+    @property
+    def seconds(self) -> list[float]:
+        """From each token to the next."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+def generate(model: Any, tokens: int, batch: int = 1, prompt: int = PROMPT, **options: Any) -> list[float]:
+    """Generate `tokens` and one more, and return the seconds of each but the first."""
+    import torch
+
+    stamps = Stamps()
+    ids = torch.arange(5, 5 + prompt).repeat(batch, 1)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens + 1, min_new_tokens=tokens + 1, do_sample=False,
+        pad_token_id=0, logits_processor=[stamps], **options,
+    )  # fmt: skip
+    return stamps.seconds
+
+
+def plain(folder: str, dtype: str = "bfloat16", **options: Any) -> Any:
+    """Load a model as transformers itself does."""
+    import torch
+    import transformers
+
+    name = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"  # noqa: PLR2004  # renamed there
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **{name: getattr(torch, dtype)}, **options).eval()
