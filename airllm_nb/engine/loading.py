@@ -8,6 +8,7 @@ import weakref
 import torch
 
 from airllm_nb.compat import initialize, routing
+from airllm_nb.engine import rows
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
@@ -37,9 +38,12 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
     fill = _Fill(groups, runtime)
     try:
-        always = torch.empty(skeleton.always.nbytes, dtype=torch.uint8, device="cpu")
-        groups.fill(skeleton.always, always, keep_cached=True)
-        skeleton.always.attach(always.to(plan.device))
+        for group in filter(None, (skeleton.always, None if plan.by_rows else skeleton.embedding)):
+            host = torch.empty(group.nbytes, dtype=torch.uint8, device="cpu")
+            groups.fill(group, host, keep_cached=True)
+            group.attach(host.to(plan.device))
+        if plan.by_rows and skeleton.embedding is not None:
+            rows.attach(skeleton.embedding, groups, runtime, plan.device)
         initialize.rewrite_buffers(skeleton.model)
         routing.refuse_negative_bias(skeleton.model)
         for layer, info in zip(skeleton.layers, plan.layers, strict=True):

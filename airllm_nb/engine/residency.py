@@ -25,24 +25,31 @@ class Residency:
         Sizes in bytes of the buffers that streaming recycles: one layer computes while the next one is read. Empty if all stay.
     least : int
         The smallest budget in bytes that works: what is always resident and the two largest layers.
+    by_rows : bool
+        Whether the embedding does not stay, and the rows that are looked up are read from disk.
     """
 
     resident: tuple[bool, ...]
     window: tuple[int, ...]
     least: int
+    by_rows: bool
 
 
-def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
+def decide(always: int, layers: Sequence[int], budget: int, embedding: int = 0) -> Residency:
     """Choose the layers that stay, as many as fit, spread so that reading can hide behind them.
+
+    An embedding that can be read by rows stays only if everything does: a token needs one row of it, and the whole of a layer.
 
     Parameters
     ----------
     always : int
-        Bytes of what every pass needs and no layer holds: embedding, final norm, head, buffers.
+        Bytes of what every pass needs whole and no layer holds: final norm, head, a tied embedding, buffers.
     layers : sequence of int
         Bytes of each decoder layer in the dtype it computes in.
     budget : int
         Bytes that weights and read-ahead buffers may use together.
+    embedding : int
+        Bytes of an embedding that can be read by rows; 0 if there is none.
 
     Raises
     ------
@@ -56,8 +63,9 @@ def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
             f"({format_size(always)} that always stay and its two largest layers).",
             f'Give memory="{-(-least // 10**6)}MB" or more, or choose a smaller model.',
         )
+    by_rows = 0 < embedding > budget - always - sum(layers)
     if always + sum(layers) <= budget:
-        return Residency((True,) * len(layers), (), least)
+        return Residency((True,) * len(layers), (), least, by_rows)
     free = budget - least
     resident = [False] * len(layers)
     for index in _spread(len(layers)):
@@ -65,7 +73,7 @@ def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
             resident[index] = True
             free -= layers[index]
     streamed = sorted(size for size, stays in zip(layers, resident, strict=True) if not stays)
-    return Residency(tuple(resident), tuple(streamed[-2:]), least)
+    return Residency(tuple(resident), tuple(streamed[-2:]), least, by_rows)
 
 
 def least_budget(always: int, layers: Sequence[int]) -> int:
