@@ -304,8 +304,8 @@ def _embedding(
     if not isinstance(module, nn.Embedding):
         return None
     for recipe in recipes:
-        held = [places[name] for target in recipe.targets for name in owners[target]]
-        if len(held) == 1 and held[0].table[held[0].attribute] is module.weight:
+        held = [(id(places[name].table), places[name].attribute) for target in recipe.targets for name in owners[target]]
+        if held == [(id(module._parameters), "weight")]:  # noqa: SLF001
             return recipe if recipe.convert is None else None
     return None
 
