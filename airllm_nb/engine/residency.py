@@ -66,12 +66,7 @@ def decide(always: int, layers: Sequence[int], budget: int, embedding: int = 0) 
     by_rows = 0 < embedding > budget - always - sum(layers)
     if always + sum(layers) <= budget:
         return Residency((True,) * len(layers), (), least, by_rows)
-    free = budget - least
-    resident = [False] * len(layers)
-    for index in _spread(len(layers)):
-        if layers[index] <= free:
-            resident[index] = True
-            free -= layers[index]
+    resident = _spread(layers, budget - least)
     streamed = sorted(size for size, stays in zip(layers, resident, strict=True) if not stays)
     return Residency(tuple(resident), tuple(streamed[-2:]), least, by_rows)
 
@@ -81,7 +76,19 @@ def least_budget(always: int, layers: Sequence[int]) -> int:
     return always + sum(sorted(layers)[-2:])
 
 
-def _spread(count: int) -> list[int]:
-    """Return 0 .. count-1 in an order whose every prefix is spread evenly: multiples of the golden ratio, modulo 1."""
-    golden = 0.6180339887498949
-    return sorted(range(count), key=lambda index: (index * golden) % 1.0)
+def _spread(layers: Sequence[int], free: int) -> list[bool]:
+    """Choose layers to stay within `free` bytes, at even distances, since what a layer reads hides behind its neighbours.
+
+    The first one comes half a distance after the beginning: before that, the head has computed. Where layers differ in size,
+    those that fit into what is left stay too.
+    """
+    count = len(layers)
+    for stay in range(count - 1, -1, -1):
+        resident = [(index * stay + count // 2) // count != ((index + 1) * stay + count // 2) // count for index in range(count)]
+        if (left := free - sum(size for size, stays in zip(layers, resident, strict=True) if stays)) >= 0:
+            break
+    for index, size in enumerate(layers):
+        if not resident[index] and size <= left:
+            resident[index] = True
+            left -= size
+    return resident

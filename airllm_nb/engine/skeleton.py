@@ -298,10 +298,10 @@ def _embedding(
 ) -> keys.Recipe | None:
     """Return what makes the weight of the input embedding, if that is one tensor as published and has one place in the model."""
     try:
-        module = model.get_input_embeddings()
+        module, head = model.get_input_embeddings(), model.get_output_embeddings()
     except (AttributeError, NotImplementedError):  # not every model tells
         return None
-    if not isinstance(module, nn.Embedding):
+    if not isinstance(module, nn.Embedding) or head is None:  # without a head of its own (OpenLlama) it is the head
         return None
     for recipe in recipes:
         held = [(id(places[name].table), places[name].attribute) for target in recipe.targets for name in owners[target]]
