@@ -29,6 +29,7 @@ class Away(nn.Parameter):
 
     label: str
     home: torch.device
+    misuse = "outside of the layer it belongs to, while that is not in memory"
     changes: list[Change]
 
     @property
@@ -49,10 +50,15 @@ class Away(nn.Parameter):
         if _in_place(func) and isinstance(args[0], Away) and not any(isinstance(value, torch.Tensor) for value in values):
             args[0].changes.append((func, args[1:], dict(kwargs or {})))
             return args[0]
-        names = [value.label for value in (*args[:1], *values) if isinstance(value, Away)]
-        raise UnsupportedError(
-            f"This model uses {', '.join(names) or 'a weight'} outside of the layer it belongs to, while that is not in memory.",
-            "Load it with memory= large enough for all layers to stay.",
+        raise cls.refusal((*args[:1], *values))
+
+    @classmethod
+    def refusal(cls, values: Iterable[Any]) -> UnsupportedError:
+        """Return the error that names those of a function's arguments that are away."""
+        names = [value.label for value in values if isinstance(value, Away)]
+        return UnsupportedError(
+            f"This model uses {', '.join(names) or 'a weight'} {cls.misuse}.",
+            "Load it with memory= large enough for all weights to stay.",
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from airllm_nb.compat import initialize, routing
+from airllm_nb.engine import rows
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
@@ -38,7 +39,10 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
     telling = _Telling(runtime)
     try:
-        groups.load(skeleton.always, plan.device)
+        for group in filter(None, (skeleton.always, None if plan.by_rows else skeleton.embedding)):
+            groups.load(group, plan.device)
+        if plan.by_rows and skeleton.embedding is not None:
+            rows.attach(skeleton.embedding, groups, runtime, plan.device)
         initialize.rewrite_buffers(skeleton.model)
         routing.refuse_negative_bias(skeleton.model)
         for layer, info in zip(skeleton.layers, plan.layers, strict=True):

@@ -65,7 +65,7 @@ class LayeredModel:
         self._trust = trust_remote_code
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
-        groups = (skeleton.always, *(layer.group for layer in skeleton.layers))
+        groups = (skeleton.always, *filter(None, (skeleton.embedding,)), *(layer.group for layer in skeleton.layers))
         self._streams: list[WeightStream] = []
         self._free = weakref.finalize(self, _release, self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
@@ -155,7 +155,7 @@ class LayeredModel:
         longrope.refuse_padded_growth(self.config, kwargs.get("attention_mask"), (prompt or 0) + new)
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
             kwargs["assistant_model"] = assistant._hf  # noqa: SLF001  # transformers inspects and copies it
-        if self._streams and hasattr(self._hf.generation_config, "disable_compile"):
+        if (self._streams or self._plan.by_rows) and hasattr(self._hf.generation_config, "disable_compile"):
             kwargs.setdefault("disable_compile", True)  # weights that come and go break the graph
         with self._runtime.lock:
             self._runtime.keeps_cache = kwargs.get("past_key_values") is not None

@@ -53,19 +53,23 @@ class Residue:
         self.known = _mincore is not None and S_ISREG(stat.st_mode) and _may_ask(descriptor, stat)
         self._ours = np.zeros(-(-self._size // PAGE) if self.known else 0, dtype=bool)
 
-    def missing(self, begin: int, end: int) -> int:
+    def missing(self, begin: int, end: int, *, keep: bool) -> int:
         """Return how many of the bytes from `begin` to `end` are not in the page cache, or only because of us.
 
-        To be called before they are read.
+        To be called before they are read. What that brings in is ours, to drop it later, or (`keep`) nobody's.
         """
         if not self.known:
             return end - begin
         if begin >= min(end, self._size):
             return 0
         first, last = begin // PAGE, -(-min(end, self._size) // PAGE)
-        there = self._look(first, min(-(-(end + BEYOND) // PAGE), len(self._ours)))
-        self._ours[first : first + len(there)] |= ~there
-        return min(int(self._ours[first:last].sum()) * PAGE, end - begin)
+        there = self._look(first, last if keep else min(-(-(end + BEYOND) // PAGE), len(self._ours)))
+        ours = self._ours[first : first + len(there)]
+        ours |= ~there
+        missed = min(int(ours[: last - first].sum()) * PAGE, end - begin)
+        if keep:
+            ours[:] = False
+        return missed
 
     def drop(self, begin: int, end: int) -> None:
         """Drop the pages from `begin` to `end`, which have been read, if they are in the page cache because of us.
@@ -76,10 +80,6 @@ class Residue:
         for start, stop in _runs(self._ours[first:last]):
             os.posix_fadvise(self._descriptor, (first + start) * PAGE, (stop - start) * PAGE, os.POSIX_FADV_DONTNEED)
         self._ours[first : max(last - FOLIO // PAGE, first)] = False
-
-    def keep(self, begin: int, end: int) -> None:
-        """Leave the pages from `begin` to `end` where they are: from now on they are nobody's."""
-        self._ours[begin // PAGE : -(-end // PAGE)] = False
 
     def drop_all(self) -> None:
         """Drop whatever is still there because of us, such as what the kernel read ahead in vain."""

@@ -42,7 +42,7 @@ class Plan:
     budget, least : int
         What weights and read-ahead buffers may use, and the least that works.
     always_nbytes : int
-        Embedding, final norm and head: in memory all the time.
+        What is in memory all the time: final norm and head, and the embedding unless it is read by rows.
     total_nbytes : int
         All weights in `dtype`.
     checkpoint_nbytes : int
@@ -53,6 +53,8 @@ class Plan:
         Sizes of the buffers that streamed layers are read into.
     reasons : tuple of str
         Why this device, dtype and budget.
+    by_rows : bool
+        Whether the embedding stays on disk, and only the rows that are looked up are read.
     shared_nbytes : int or None
         How much of what stays is mapped from the files, one copy for all processes; None if sharing was not asked for. It
         counts in the budget as if it were owned: pages that do not fit would be read again for every token.
@@ -71,6 +73,7 @@ class Plan:
     window: tuple[int, ...]
     reasons: tuple[str, ...]
     shared_nbytes: int | None = None
+    by_rows: bool = False
 
     @property
     def used_nbytes(self) -> int:
@@ -81,6 +84,7 @@ class Plan:
         resident = [layer for layer in self.layers if layer.resident]
         streamed = len(self.layers) - len(resident)
         stay = f"all {len(resident)} layers stay" if not streamed else f"{len(resident)} layers stay, {streamed} stream"
+        parts, rows = ("norm and head", ", embedding read by rows") if self.by_rows else ("embedding, norm and head", "")
         dtype = str(self.dtype).removeprefix("torch.")
         device, number, budget = self.reasons
         used, allowed, least = map(format_size, (self.used_nbytes, self.budget, self.least))
@@ -91,7 +95,7 @@ class Plan:
             f"memory    {used} of {allowed}  ({budget}); at least {least}",
             *([f"shared    {self.sharing}"] if self.sharing else ()),
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
-            f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
+            f"layers    {stay}; {format_size(self.always_nbytes)} of {parts} stay too{rows}",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
         ))  # fmt: skip
 
@@ -177,6 +181,7 @@ def make_plan(
     """
     sizes = [layer.group.nbytes for layer in skeleton.layers]
     always = skeleton.always.nbytes
+    embedding = skeleton.embedding.nbytes if skeleton.embedding else 0
     if str(budget).strip().lower() == "auto":
         free, limit = memory.available(device, mapped=bool(shared))
         reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), dtype)
@@ -190,7 +195,7 @@ def make_plan(
             )
     else:
         allowed, reason = memory.parse_size(budget), "as asked"
-    decision = decide(always, sizes, allowed)
+    decision = decide(always, sizes, allowed, embedding)
     layers = tuple(
         LayerInfo(index, layer.group.name, layer.group.nbytes, resident)
         for index, (layer, resident) in enumerate(zip(skeleton.layers, decision.resident, strict=True))
@@ -202,13 +207,14 @@ def make_plan(
         for recipe in layer.group.recipes
         for source in recipe.sources
     )
-    stay = [skeleton.always, *(layer.group for layer, info in zip(skeleton.layers, layers, strict=True) if info.resident)]
+    own = [skeleton.always, *([skeleton.embedding] if skeleton.embedding and not decision.by_rows else ())]
+    stay = [*own, *(layer.group for layer, info in zip(skeleton.layers, layers, strict=True) if info.resident)]
     mapped = sum(entry.nbytes for group in stay for entry in shareable(group, checkpoint).values()) if shared else None
     return Plan(
-        name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least, always_nbytes=always,
-        total_nbytes=always + sum(sizes), checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed,
-        window=decision.window, reasons=(*reasons, reason),
-        shared_nbytes=mapped,
+        name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least,
+        always_nbytes=always if decision.by_rows else always + embedding, total_nbytes=always + embedding + sum(sizes),
+        checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed, window=decision.window, reasons=(*reasons, reason),
+        shared_nbytes=mapped, by_rows=decision.by_rows,
     )  # fmt: skip
 
 

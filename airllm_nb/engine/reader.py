@@ -81,7 +81,7 @@ class Reader:
     def _fill(self, file: _File, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
         end = offset + len(into)
         with file.lock:
-            missed = file.residue.missing(offset, end)
+            missed = file.residue.missing(offset, end, keep=keep_cached)
         done = 0
         while done < len(into):
             if self.stopped:
@@ -93,9 +93,6 @@ class Reader:
                 with file.lock:
                     file.residue.drop(offset + done, offset + done + count)
             done += count
-        if keep_cached:
-            with file.lock:
-                file.residue.keep(offset, end)
         return missed
 
     def close(self) -> None:

@@ -25,24 +25,31 @@ class Residency:
         Sizes in bytes of the buffers that streaming recycles: one layer computes while the next one is read. Empty if all stay.
     least : int
         The smallest budget in bytes that works: what is always resident and the two largest layers.
+    by_rows : bool
+        Whether the embedding does not stay, and the rows that are looked up are read from disk.
     """
 
     resident: tuple[bool, ...]
     window: tuple[int, ...]
     least: int
+    by_rows: bool
 
 
-def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
+def decide(always: int, layers: Sequence[int], budget: int, embedding: int = 0) -> Residency:
     """Choose the layers that stay, as many as fit, spread so that reading can hide behind them.
+
+    An embedding that can be read by rows stays only if everything does: a token needs one row of it, and the whole of a layer.
 
     Parameters
     ----------
     always : int
-        Bytes of what every pass needs and no layer holds: embedding, final norm, head, buffers.
+        Bytes of what every pass needs whole and no layer holds: final norm, head, a tied embedding, buffers.
     layers : sequence of int
         Bytes of each decoder layer in the dtype it computes in.
     budget : int
         Bytes that weights and read-ahead buffers may use together.
+    embedding : int
+        Bytes of an embedding that can be read by rows; 0 if there is none.
 
     Raises
     ------
@@ -56,16 +63,12 @@ def decide(always: int, layers: Sequence[int], budget: int) -> Residency:
             f"({format_size(always)} that always stay and its two largest layers).",
             f'Give memory="{-(-least // 10**6)}MB" or more, or choose a smaller model.',
         )
+    by_rows = 0 < embedding > budget - always - sum(layers)
     if always + sum(layers) <= budget:
-        return Residency((True,) * len(layers), (), least)
-    free = budget - least
-    resident = [False] * len(layers)
-    for index in _spread(len(layers)):
-        if layers[index] <= free:
-            resident[index] = True
-            free -= layers[index]
+        return Residency((True,) * len(layers), (), least, by_rows)
+    resident = _spread(layers, budget - least)
     streamed = sorted(size for size, stays in zip(layers, resident, strict=True) if not stays)
-    return Residency(tuple(resident), tuple(streamed[-2:]), least)
+    return Residency(tuple(resident), tuple(streamed[-2:]), least, by_rows)
 
 
 def least_budget(always: int, layers: Sequence[int]) -> int:
@@ -73,7 +76,19 @@ def least_budget(always: int, layers: Sequence[int]) -> int:
     return always + sum(sorted(layers)[-2:])
 
 
-def _spread(count: int) -> list[int]:
-    """Return 0 .. count-1 in an order whose every prefix is spread evenly: multiples of the golden ratio, modulo 1."""
-    golden = 0.6180339887498949
-    return sorted(range(count), key=lambda index: (index * golden) % 1.0)
+def _spread(layers: Sequence[int], free: int) -> list[bool]:
+    """Choose layers to stay within `free` bytes, at even distances, since what a layer reads hides behind its neighbours.
+
+    The first one comes half a distance after the beginning: before that, the head has computed. Where layers differ in size,
+    those that fit into what is left stay too.
+    """
+    count = len(layers)
+    for stay in range(count - 1, -1, -1):
+        resident = [(index * stay + count // 2) // count != ((index + 1) * stay + count // 2) // count for index in range(count)]
+        if (left := free - sum(size for size, stays in zip(layers, resident, strict=True) if stays)) >= 0:
+            break
+    for index, size in enumerate(layers):
+        if not resident[index] and size <= left:
+            resident[index] = True
+            left -= size
+    return resident

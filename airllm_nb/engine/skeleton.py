@@ -24,6 +24,8 @@ from airllm_nb.errors import CheckpointError, UnsupportedError
 # Buffers that old checkpoints carry and that the model computes itself.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 
+EMBEDDING = "embedding"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -44,7 +46,9 @@ class Skeleton:
     layers : tuple of Layer
         In the order of computation.
     always : WeightGroup
-        Everything that no layer holds: embedding, final norm, head.
+        What stays whatever the budget: final norm, head, and an embedding that is more than a table to look rows up in.
+    embedding : WeightGroup or None
+        The input embedding, if it can be read row by row: one tensor as published, and no other part of the model uses it.
     unused : list of str
         Tensors of the checkpoint that the model has no use for.
     """
@@ -52,6 +56,7 @@ class Skeleton:
     model: Any
     layers: tuple[Layer, ...]
     always: WeightGroup
+    embedding: WeightGroup | None
     unused: list[str]
 
 
@@ -84,10 +89,12 @@ def build(
     _check_complete(owners, places, folder)
 
     layers = decoder_layers.find(model)
-    members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, *layers)}
+    embedding = _embedding(model, recipes, owners, places)
+    members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, EMBEDDING, *layers)}
     for recipe in recipes:
         homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
-        members[homes.pop() if len(homes) == 1 else None].append(recipe)
+        home = homes.pop() if len(homes) == 1 else None
+        members[EMBEDDING if home is None and recipe is embedding else home].append(recipe)
     keeps_float32 = keys.float32_names(model, dtype)
     mapped = device.type == "cpu" and _is_mapped(recipes, next(iter(wanted)), checkpoint, dtype)
 
@@ -103,9 +110,12 @@ def build(
             for recipe in members[path]
             for target, shape in recipe.targets.items()
         )
-        return WeightGroup(path or "embedding, norm and head", parameters, members[path], device)
+        return WeightGroup(path or "norm and head", parameters, members[path], device)
 
-    return Skeleton(model, tuple(Layer(module, group(path)) for path, module in layers.items()), group(None), unused)
+    return Skeleton(
+        model=model, layers=tuple(Layer(module, group(path)) for path, module in layers.items()), always=group(None),
+        embedding=group(EMBEDDING) if members[EMBEDDING] else None, unused=unused,
+    )  # fmt: skip
 
 
 _building = threading.Lock()
@@ -283,8 +293,25 @@ def _check_complete(owners: dict[str, list[str]], places: dict[str, Place], fold
         )
 
 
+def _embedding(
+    model: Any, recipes: Sequence[keys.Recipe], owners: dict[str, list[str]], places: dict[str, Place]
+) -> keys.Recipe | None:
+    """Return what makes the weight of the input embedding, if that is one tensor as published and has one place in the model."""
+    try:
+        module, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # not every model tells
+        return None
+    if not isinstance(module, nn.Embedding) or head is None:  # without a head of its own (OpenLlama) it is the head
+        return None
+    for recipe in recipes:
+        held = [(id(places[name].table), places[name].attribute) for target in recipe.targets for name in owners[target]]
+        if held == [(id(module._parameters), "weight")]:  # noqa: SLF001
+            return recipe if recipe.convert is None else None
+    return None
+
+
 def _home(name: str, layers: dict[str, nn.Module], places: dict[str, Place]) -> str | None:
-    """Return the decoder layer that comes and goes with a parameter; None if it always stays."""
+    """Return the decoder layer that comes and goes with a parameter; None if it belongs to none."""
     if places[name].is_buffer:
         return None
     return next((path for path in layers if name.startswith(f"{path}.")), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Weight:
 
 
 class WeightGroup:
-    """Parameters that come and go together: those of one decoder layer, or those that are always resident.
+    """Parameters that come and go together: those of one decoder layer, the embedding, or what always stays.
 
     Parameters
     ----------
@@ -186,6 +186,13 @@ class GroupReader:
     def _position(self, recipe: Recipe) -> tuple[Path, int]:
         entry = self._checkpoint[recipe.sources[0]]
         return entry.file, entry.offset
+
+    def fill_rows(self, group: WeightGroup, first: int, into: torch.Tensor) -> None:
+        """Read neighbouring rows of a group's only weight, which one tensor is: as many as `into` has, from row `first` on."""
+        entry = self._checkpoint[group.recipes[0].sources[0]]
+        size = entry.nbytes // entry.shape[0]
+        rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
+        self._read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
 
     def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
         """Read one tensor; returns the bytes that the page cache did not hold."""

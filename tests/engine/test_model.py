@@ -42,6 +42,16 @@ def test_the_budget_is_kept_and_closing_frees_everything(checkpoint, keep):
     assert weight_bytes(model) == 0
 
 
+def test_the_least_budget_is_head_and_norm_and_two_layers(checkpoint):
+    """To the byte, but for the gaps between weights; the embedding is read by rows."""
+    with load(checkpoint(), memory=plan(checkpoint(), device="cpu", dtype="float32").least) as model:
+        tensors = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(), **{DTYPE: torch.float32})
+        layer = sum(parameter.nbytes for parameter in tensors.model.layers[0].parameters())
+        always = tensors.lm_head.weight.nbytes + tensors.model.norm.weight.nbytes
+        model(IDS)
+        assert 0 <= weight_bytes(model) - (always + 2 * layer) < 64 * 40
+
+
 @pytest.mark.parametrize("keep", ["all", "none"])
 def test_a_forgotten_model_goes_even_if_its_listener_knows_it(checkpoint, keep):
     budget = budgets(plan(checkpoint(), device="cpu", dtype="float32"))[keep]

@@ -28,13 +28,26 @@ def test_the_least_is_what_stays_and_the_two_largest_layers():
         decide(100, sizes, 179)
 
 
-@pytest.mark.parametrize("stay", [5, 10, 15, 20])
-def test_those_that_stay_are_spread(stay):
+@pytest.mark.parametrize("budget", range(120, 450, 7))
+def test_an_embedding_that_can_be_read_by_rows_stays_only_if_everything_does(budget):
+    decision, without = decide(100, SIZES, budget, embedding=40), decide(100, SIZES, budget)
+    assert decision.by_rows == (budget < 440)
+    assert (decision.resident, decision.window, decision.least) == (without.resident, without.window, without.least)
+    assert not without.by_rows
+
+
+@pytest.mark.parametrize("stay", range(1, 28))
+def test_those_that_stay_are_spread_evenly(stay):
+    """From one layer that streams to the next, also over the end of a token: two distances at most, that differ by one."""
     resident = decide(100, SIZES, 120 + 10 * stay).resident
     assert sum(resident) == stay
-    runs = "".join("r" if stays else "s" for stays in resident).split("r" if stay < 15 else "s")
-    share = max(30 / stay, 30 / (30 - stay))
-    assert max(map(len, runs)) <= share + 1
+    streamed = [index for index, stays in enumerate(resident) if not stays]
+    distances = {(after - before) % 30 or 30 for before, after in zip(streamed, streamed[1:] + streamed[:1], strict=True)}
+    assert max(distances) - min(distances) <= 1
+
+
+def test_what_is_left_is_used_where_layers_differ():
+    assert decide(0, [50, 50, 50, 10, 50], 110).resident == (False, False, False, True, False)
 
 
 def test_one_layer():
