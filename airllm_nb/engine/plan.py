@@ -16,6 +16,7 @@ from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.residency import decide, least_budget
 from airllm_nb.engine.skeleton import Skeleton, build
+from airllm_nb.engine.threads import Threads, compute_threads
 from airllm_nb.errors import MemoryBudgetError, UnsupportedError
 from airllm_nb.events import Fetching, LayerInfo, Listener
 
@@ -52,6 +53,8 @@ class Plan:
         Sizes of the buffers that streamed layers are read into.
     reasons : tuple of str
         Why this device, dtype and budget.
+    threads : Threads
+        How many threads compute on the CPU, and why.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Plan:
     streamed_nbytes: int
     window: tuple[int, ...]
     reasons: tuple[str, ...]
+    threads: Threads
 
     @property
     def used_nbytes(self) -> int:
@@ -83,6 +87,7 @@ class Plan:
             f"model     {self.name}",
             f"device    {self.device}  ({device})",
             f"dtype     {dtype}  ({number})",
+            *([f"threads   {self.threads.number}  ({self.threads.reason})"] if self.device.type == "cpu" else []),
             f"memory    {used} of {allowed}  ({budget}); at least {least}",
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
@@ -183,7 +188,7 @@ def make_plan(
     return Plan(
         name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least, always_nbytes=always,
         total_nbytes=always + sum(sizes), checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed,
-        window=decision.window, reasons=(*reasons, reason),
+        window=decision.window, reasons=(*reasons, reason), threads=compute_threads(),
     )  # fmt: skip
 
 
