@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.prediction import Prediction, Work, predict, work_of
 from airllm_nb.engine.residency import decide, least_budget
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.threads import Threads, compute_threads
@@ -55,6 +57,8 @@ class Plan:
         Why this device, dtype and budget.
     threads : Threads
         How many threads compute on the CPU, and why.
+    work : Work
+        What one token reads and computes, for `predict`.
     """
 
     name: str
@@ -70,6 +74,17 @@ class Plan:
     window: tuple[int, ...]
     reasons: tuple[str, ...]
     threads: Threads
+    work: Work = dataclasses.field(repr=False)
+
+    def predict(self) -> Prediction | None:
+        """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
+
+        Returns
+        -------
+        Prediction or None
+            None for anything but the CPU: what is not measured is not guessed.
+        """
+        return predict(self.work, self.dtype) if self.device.type == "cpu" else None
 
     @property
     def used_nbytes(self) -> int:
@@ -189,6 +204,7 @@ def make_plan(
         name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least, always_nbytes=always,
         total_nbytes=always + sum(sizes), checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed,
         window=decision.window, reasons=(*reasons, reason), threads=compute_threads(),
+        work=work_of(skeleton, checkpoint, decision),
     )  # fmt: skip
 
 

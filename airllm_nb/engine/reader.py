@@ -86,6 +86,10 @@ class Reader:
             ) from error
         return missed
 
+    def is_cached(self, path: Path, offset: int) -> bool:
+        """Tell whether the page cache is known to hold the byte at `offset` of a file; reads nothing from the disk."""
+        return _read_cached(self._open(path), memoryview(bytearray(1)), offset) == 1
+
     def close(self) -> None:
         """Close the files. Reading again opens them again."""
         with self._lock:
@@ -105,6 +109,11 @@ class Reader:
         """Check by name *after* reading: then what was read is what the checkpoint described."""
         if FileState.of(os.stat(path)) != self._states[path]:  # noqa: PTH116  # half the time of Path.stat, at every tensor
             raise _changed(path, "was replaced or rewritten")
+
+
+def can_tell_cached() -> bool:
+    """Tell whether this system says what is in the page cache and what is not."""
+    return _NOWAIT is not None
 
 
 def _read_cached(descriptor: int, into: memoryview, offset: int) -> int:
