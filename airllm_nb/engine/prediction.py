@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,10 @@ from airllm_nb.compat.config import field, text_config
 from airllm_nb.engine import memory, probe
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.probe import Absent, Speed, Unmeasurable
+from airllm_nb.engine.probe import Unmeasurable
 from airllm_nb.engine.residency import Residency
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.weights import Weight
-
-HOW = ("alone", "meanwhile")
-LITTLE = 0.1
-"""A share of what is read that is left out of account."""
 
 
 @dataclass(frozen=True)
@@ -103,26 +98,28 @@ class Prediction:
         None if something cannot be measured; `note` says what.
     compute : float or None
         Bytes of weights per second.
-    disk : float or None
-        Bytes of the files per second, conversion included; None if nothing is read from there.
+    reading : float or None
+        Bytes of the files per second, conversion included; None if nothing is read.
+    source : str
+        What they are read from: ``"disk"``, ``"page cache"``, or ``"memory"`` for a file system that lies there.
     cached : float
-        The share of what is read that comes from the page cache (or lies in memory for other reasons), from 0 to 1.
+        The share of what is read from the disk that the page cache holds now, and has room for; from 0 to 1.
     note : str
-        What else is to be said; may be empty.
+        Why there is no prediction.
     """
 
     seconds: float | None
     compute: float | None = None
-    disk: float | None = None
+    reading: float | None = None
+    source: str = "disk"
     cached: float = 0.0
     note: str = ""
 
     def __str__(self) -> str:
         if self.seconds is None:
             return f"seconds per token not predicted: {self.note}"
-        parts = [f"disk {format_size(self.disk)}/s"] if self.disk else []
-        parts += [f"{self.cached:.0%} of it from the page cache"] if self.cached and not self.note else []
-        parts += [self.note] if self.note else []
+        parts = [f"{self.source} {format_size(self.reading)}/s"] if self.reading else []
+        parts += [f"{self.cached:.0%} of it cached"] if self.cached > probe.LITTLE else []
         parts += [f"{format_size(self.compute)}/s compute"] if self.compute else []
         return f"about {self.seconds:.2g} s per token ({', '.join(parts)})"
 
@@ -132,8 +129,8 @@ def predict(work: Work, dtype: torch.dtype) -> Prediction:
 
     A layer takes the time that its weights need at the speed of linear layers of its shapes with one row, for which memory sets
     the pace, and what transformers takes beside that for any layer. Reading a layer takes its bytes at the disk's speed, or at
-    that of the page cache for the share of the files that is there now and will find room beside the weights; conversion is
-    part of both speeds. How these times fall together says `seconds_per_token`. Not counted: attention to a long conversation.
+    what the page cache makes of it, if the share of the files that is there now finds room beside the weights; conversion is
+    part of it. How these times fall together says `seconds_per_token`. Not counted: attention to a long conversation.
     """
     try:
         overhead = probe.layer_overhead()
@@ -148,22 +145,8 @@ def predict(work: Work, dtype: torch.dtype) -> Prediction:
 def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Prediction:
     cached = probe.cached_share(work.checkpoint, work.streamed)
     in_memory = probe.in_memory(work.checkpoint.folder)
-    if not in_memory:
-        cached *= min(1.0, work.room / max(cached * sum(work.read), 1.0))
-    elif cached < 1:  # a file system in memory that does not tell so
-        cached = 0.0
-    speeds = {}
-    if cached > LITTLE:
-        with contextlib.suppress(Absent):  # in pieces too small to be read together
-            speeds["cache"] = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, "cache")
-    cached = cached if "cache" in speeds else 0.0
-    if 1 - cached > LITTLE:
-        speeds["disk"] = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, "disk")
-    shares = {"disk": 1 - cached if "cache" in speeds else 1.0, "cache": cached if "disk" in speeds else 1.0}
-    reading, computing = (
-        Speed(*(1 / sum(shares[place] / getattr(both[number], how) for place, both in speeds.items()) for how in HOW))
-        for number in (0, 1)
-    )
+    stays = cached if in_memory or cached * sum(work.read) <= work.room else 0.0
+    reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays)
     seconds = seconds_per_token(
         [nbytes / computing.alone + overhead for nbytes in work.computed],
         [nbytes / reading.alone for nbytes in work.read],
@@ -171,11 +154,8 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Predi
         work.slots,
         slowed=(computing.share, reading.share),
     )
-    if in_memory:
-        return Prediction(seconds, computing.alone, None, 1.0, f"files in memory, {format_size(reading.alone)}/s")
-    disk = speeds["disk"][0].alone if "disk" in speeds else None
-    note = "" if disk else f"page cache {format_size(reading.alone)}/s"
-    return Prediction(seconds, computing.alone, disk, cached if disk and "cache" in speeds else 1.0 - bool(disk), note)
+    source = "memory" if in_memory else "page cache" if stays > 1 - probe.LITTLE else "disk"
+    return Prediction(seconds, computing.alone, reading.alone, source, stays if source == "disk" else 0.0)
 
 
 def seconds_per_token(

@@ -7,6 +7,7 @@ measured is remembered for the process, so that a second prediction is instant.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -36,10 +37,11 @@ FEWEST = 32_000_000
 FILE = 256_000_000
 """Bytes of the temporary file that stands for a checkpoint which is not here yet, or all in the page cache."""
 HEADER = 4096
+LITTLE = 0.15
+"""A share of what is read that makes no difference."""
 SECONDS = 0.4
 """Of each of the three measurements: computing, reading, both."""
 
-Place = Literal["disk", "cache"]
 Shapes = tuple[tuple[int, int], ...]
 T = TypeVar("T")
 
@@ -59,10 +61,6 @@ class Speed:
 
 class Unmeasurable(Exception):  # noqa: N818  # a fact to be told, not an error of anybody
     """Says in words why there is no number."""
-
-
-class Absent(Unmeasurable):
-    """Nothing of a sample lies where it was to be read from."""
 
 
 class Linears:
@@ -113,7 +111,9 @@ class Linears:
 
 
 class Sample:
-    """Pieces of a checkpoint that lie on the disk, or in the page cache, read at random as the engine reads a layer.
+    """Tensors of a checkpoint, read as the engine reads layers: one after the other, from wherever they are.
+
+    How much of it the page cache holds is asked apart: while reading, the disk's own read-ahead makes it look like more.
 
     Parameters
     ----------
@@ -123,17 +123,15 @@ class Sample:
         The tensors to read from.
     dtype : torch.dtype
         What they are converted to: that is part of reading.
-    place : "disk" or "cache"
-        Which pieces count.
     """
 
-    def __init__(self, checkpoint: Checkpoint, entries: Sequence[TensorEntry], dtype: torch.dtype, place: Place) -> None:
+    def __init__(self, checkpoint: Checkpoint, entries: Sequence[TensorEntry], dtype: torch.dtype) -> None:
         self._reader = Reader(checkpoint)
         self._groups = GroupReader(checkpoint, self._reader)
         self._entries = entries
         self._dtype = dtype
-        self._place = place
         self._random = random.Random()  # noqa: S311  # anew each time: what was looked at may be cached afterwards
+        self._pieces = self._in_order()
 
     def __enter__(self) -> Sample:  # noqa: PYI034  # typing.Self is new in Python 3.11
         return self
@@ -145,57 +143,47 @@ class Sample:
         """Return the share of `count` places, drawn at random, that the page cache holds."""
         if not can_tell_cached():
             raise Unmeasurable("this system does not tell what it reads from the disk and what from memory")
-        pieces = [self._piece() for _ in range(count)]
-        return sum(self._reader.is_cached(piece.file, piece.offset) for piece in pieces) / count
+        found = 0
+        for entry in self._random.choices(self._entries, [entry.nbytes for entry in self._entries], k=count):
+            found += self._reader.is_cached(entry.file, entry.offset + self._random.randrange(entry.nbytes))
+        return found / count
 
     def rate(self, seconds: float) -> float:
         """Return bytes of the files per second, conversion included, after reading for some seconds.
 
         Raises
         ------
-        Absent
-            If no such pieces are found.
         Unmeasurable
             If the files cannot be read.
         """
-        begin, total, spent = time.perf_counter(), 0, 0.0
         room = torch.empty(_allowed(INTO, 8) // self._dtype.itemsize, dtype=self._dtype, device="cpu")
-        filled = 0
+        filled = total = 0
+        self.missed = 0
+        begin = now = time.perf_counter()
         try:
-            while time.perf_counter() - begin < seconds:
-                if (piece := self._next()) is None:
-                    break
+            while now < begin + seconds:
+                piece = next(self._pieces)
                 filled = filled if filled + piece.shape[0] <= room.numel() else 0
                 into = room[filled : filled + piece.shape[0]]
                 filled += piece.shape[0]
-                start = time.perf_counter()
-                missed = self._groups.read(piece, into, keep_cached=False) / piece.nbytes
-                if abs(missed - (self._place == "disk")) < 0.1:  # noqa: PLR2004  # a few pages make no difference
-                    spent += time.perf_counter() - start
-                    total += piece.nbytes
+                self.missed += self._groups.read(piece, into, keep_cached=False)
+                total += piece.nbytes
+                now = time.perf_counter()
         except (AirLLMError, OSError) as error:
             raise Unmeasurable(str(error)) from error
-        if not total:
-            raise Unmeasurable(
-                f"the {'disk' if self._place == 'disk' else 'page cache'} cannot be measured: nothing was read from it"
-            )
-        return total / spent
+        return total / (now - begin)
 
-    def _next(self) -> TensorEntry | None:
-        for _ in range(200):
-            piece = self._piece()
-            ends = (piece.offset, piece.offset + piece.nbytes - 1)
-            # Nothing is looked at in vain: some kernels then fetch what lies there.
-            if self._place == "disk" or all(self._reader.is_cached(piece.file, offset) for offset in ends):
-                return piece
-        return None
+    def _in_order(self) -> Iterator[TensorEntry]:
+        """Yield pieces of the tensors in the order in which the engine reads them, from a random one on and round again."""
+        start = self._random.randrange(len(self._entries))
+        for entry in itertools.cycle((*self._entries[start:], *self._entries[:start])):
+            for offset in range(0, entry.nbytes, CHUNK):
+                yield _part(entry, offset, min(CHUNK, entry.nbytes - offset))
 
-    def _piece(self) -> TensorEntry:
-        entry = self._random.choices(self._entries, [entry.nbytes for entry in self._entries])[0]
-        size = entry.dtype.itemsize
-        count = min(entry.nbytes, CHUNK) // size
-        first = self._random.randrange(entry.nbytes // size - count + 1)
-        return TensorEntry(entry.name, entry.dtype, (count,), entry.file, entry.offset + first * size, count * size)
+
+def _part(entry: TensorEntry, offset: int, nbytes: int) -> TensorEntry:
+    count = nbytes // entry.dtype.itemsize
+    return TensorEntry(entry.name, entry.dtype, (count,), entry.file, entry.offset + offset, nbytes)
 
 
 def computing(shapes: Shapes, dtype: torch.dtype) -> float:
@@ -217,12 +205,20 @@ def computing(shapes: Shapes, dtype: torch.dtype) -> float:
 
 
 def streaming(
-    checkpoint: Checkpoint, entries: Sequence[TensorEntry], shapes: Shapes, dtype: torch.dtype, place: Place
+    checkpoint: Checkpoint, entries: Sequence[TensorEntry], shapes: Shapes, dtype: torch.dtype, cached: float = 0.0
 ) -> tuple[Speed, Speed]:
-    """Return how fast tensors are read (from the disk, or the page cache) and how fast is computed: alone, and both at once.
+    """Return how fast tensors are read and how fast is computed: alone, and both at once.
 
-    Of a checkpoint that is not here yet, or of which nothing is on the disk alone, a temporary file takes the place: written
-    beside it, dropped from the page cache, read and deleted.
+    Parameters
+    ----------
+    checkpoint, entries : Checkpoint, sequence of TensorEntry
+        What is read. It may not be here yet.
+    shapes, dtype : sequence of (int, int), torch.dtype
+        What computes, and in what.
+    cached : float
+        The share of `entries` that the page cache holds, by `cached_share`, and goes on holding. Where it holds more than that,
+        and where the files are not here yet, a temporary file beside them tells the disk's speed: written, dropped from the
+        page cache, read and deleted.
 
     Raises
     ------
@@ -232,14 +228,21 @@ def streaming(
     published = entries[0].dtype
 
     def measure() -> tuple[Speed, Speed]:
-        if checkpoint.states:
-            with Sample(checkpoint, entries, dtype, place) as sample, contextlib.suppress(Absent):
+        if checkpoint.states and cached_share(checkpoint, entries) <= cached + LITTLE:
+            with Sample(checkpoint, entries, dtype) as sample:
                 return _both(sample, shapes, dtype)
-        with _temporary(checkpoint.folder, published) as other, Sample(other, list(other.values()), dtype, "disk") as sample:
-            return _both(sample, shapes, dtype)
+        with _temporary(checkpoint.folder, published) as other, Sample(other, list(other.values()), dtype) as sample:
+            found = _both(sample, shapes, dtype)
+            if sample.missed == 0:
+                raise Unmeasurable("the disk cannot be measured: what is written to it stays in memory")
+            return found
 
     with threads.applied() as (number, _):
-        return _remembered((os.stat(checkpoint.folder).st_dev, place, published, shapes, dtype, number), measure)  # noqa: PTH116
+        try:
+            device = checkpoint.folder.stat().st_dev
+        except OSError as error:
+            raise Unmeasurable(f"the folder cannot be read: {error.strerror}") from error
+        return _remembered((device, round(cached, 1), published, shapes, dtype, number), measure)
 
 
 def cached_share(checkpoint: Checkpoint, entries: Sequence[TensorEntry]) -> float:
@@ -247,7 +250,7 @@ def cached_share(checkpoint: Checkpoint, entries: Sequence[TensorEntry]) -> floa
     if not checkpoint.states:
         return 0.0
     try:
-        with Sample(checkpoint, entries, entries[0].dtype, "cache") as sample:
+        with Sample(checkpoint, entries, entries[0].dtype) as sample:
             return sample.cached()
     except OSError as error:
         raise Unmeasurable(f"the files cannot be read: {error.strerror}") from error
