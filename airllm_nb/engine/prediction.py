@@ -145,7 +145,7 @@ def predict(work: Work, dtype: torch.dtype) -> Prediction:
 def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Prediction:
     cached = probe.cached_share(work.checkpoint, work.streamed)
     in_memory = probe.in_memory(work.checkpoint.folder)
-    stays = cached if in_memory or cached * sum(work.read) <= work.room else 0.0
+    stays = cached if cached > probe.LITTLE and (in_memory or cached * sum(work.read) <= work.room) else 0.0
     reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays)
     seconds = seconds_per_token(
         [nbytes / computing.alone + overhead for nbytes in work.computed],

@@ -8,6 +8,7 @@ but not what was there before, because other processes may share it.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -17,6 +18,8 @@ from airllm_nb.errors import AirLLMError, CheckpointError
 
 CHUNK = 8 << 20
 """Bytes per system call: large enough for the disk's full rate, small enough to stop quickly in between."""
+
+PAGE = mmap.PAGESIZE
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what is in the page cache
 
@@ -67,13 +70,16 @@ class Reader:
             while done < len(into):
                 if self.stopped:
                     raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
-                part = into[done : done + CHUNK]
-                count = _read_cached(descriptor, part, offset + done)
+                cached, size = _alike(descriptor, min(CHUNK, len(into) - done), offset + done)
+                part = into[done : done + size]
+                count = _read_cached(descriptor, part, offset + done) if cached else 0
                 if count == 0:
                     count = _read_disk(descriptor, part, offset + done)
                     missed += count
                     if count and not keep_cached and hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
+                        # Whole pages only are dropped; one that stays at an edge would make the piece look cached next time.
+                        begin = (offset + done) // PAGE * PAGE
+                        os.posix_fadvise(descriptor, begin, offset + done + count - begin + PAGE, os.POSIX_FADV_DONTNEED)
                 if count == 0:
                     raise _changed(path, "was truncated")
                 done += count
@@ -109,6 +115,22 @@ class Reader:
         """Check by name *after* reading: then what was read is what the checkpoint described."""
         if FileState.of(os.stat(path)) != self._states[path]:  # noqa: PTH116  # half the time of Path.stat, at every tensor
             raise _changed(path, "was replaced or rewritten")
+
+
+def _alike(descriptor: int, size: int, offset: int) -> tuple[bool, int]:
+    """Return whether the page cache holds what lies at `offset`, and how much there, `size` or less, begins and ends alike.
+
+    Looked at byte by byte: Linux 6 starts to read all that a larger look does not find, and what has arrived by the next look
+    would pass for what was there before.
+    """
+
+    def look(at: int) -> bool:
+        return _read_cached(descriptor, memoryview(bytearray(1)), at) == 1
+
+    cached = look(offset)
+    while size > PAGE and look(offset + size - 1) != cached:
+        size //= 2
+    return cached, size
 
 
 def can_tell_cached() -> bool:
