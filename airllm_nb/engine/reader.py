@@ -78,8 +78,8 @@ class Reader:
                     missed += count
                     if count and not keep_cached and hasattr(os, "posix_fadvise"):
                         # Whole pages only are dropped; one that stays at an edge would make the piece look cached next time.
-                        begin = (offset + done) // PAGE * PAGE
-                        os.posix_fadvise(descriptor, begin, offset + done + count - begin + PAGE, os.POSIX_FADV_DONTNEED)
+                        begin, end = (offset + done) // PAGE * PAGE, -(-(offset + done + count) // PAGE) * PAGE
+                        os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
                 if count == 0:
                     raise _changed(path, "was truncated")
                 done += count
