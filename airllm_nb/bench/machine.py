@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from airllm_nb.engine.memory import CGROUP, format_size
+from airllm_nb.engine.cgroups import CGROUP
+from airllm_nb.engine.memory import format_size
 from airllm_nb.errors import AirLLMError
 
 BUSY = 0.10

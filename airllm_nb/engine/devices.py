@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from airllm_nb.engine import threads
 from airllm_nb.errors import DeviceError
 
 DTYPES = {
@@ -31,7 +32,7 @@ class DeviceInfo:
 def devices() -> tuple[DeviceInfo, ...]:
     """Return the CPU and every kind of accelerator that PyTorch knows, usable or not."""
     return (
-        DeviceInfo("cpu", f"CPU ({torch.get_num_threads()} threads)", usable=True, reason="always there"),
+        DeviceInfo("cpu", f"CPU ({threads.compute_threads().number} threads)", usable=True, reason="always there"),
         *_cuda(),
         _mps(),
         _xpu(),
@@ -160,6 +161,11 @@ def _linear_seconds(dtype: torch.dtype, width: int = 2048, repeats: int = 5) -> 
 
     The weight (8 or 16 MB) is larger than a core's cache, so memory's share of the time counts as in a model.
     """
+    with threads.applied():
+        return _timed_linear(dtype, width, repeats)
+
+
+def _timed_linear(dtype: torch.dtype, width: int, repeats: int) -> float:
     weight = torch.ones(width, width, dtype=dtype, device="cpu")
     total = 0.0
     for rows in (1, 32):

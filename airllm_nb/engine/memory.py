@@ -10,12 +10,15 @@ from pathlib import Path
 import psutil
 import torch
 
+from airllm_nb.engine import cgroups
 from airllm_nb.errors import MemoryBudgetError
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-CGROUP = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
+CGROUP_FILES = {  # by version: the limit, what is used, and the name of the file pages in memory.stat
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def parse_size(text: str | float) -> int:
@@ -69,12 +72,14 @@ def limits(*, mapped: bool = False) -> dict[str, int]:
         and JupyterHub's ``MEM_LIMIT``.
     """
     left = {"available memory": psutil.virtual_memory().available}
-    for limit, usage, stat, cache in _cgroups():
-        allowed = _number(limit)
+    for version, folder in cgroups.groups("memory"):
+        limit, usage, cache = CGROUP_FILES[version]
+        allowed, used = cgroups.numbers(folder / limit, folder / usage)
         if allowed is not None and allowed < UNLIMITED:
             # File pages count as used but are given back on demand.
-            used = (_number(usage) or 0) - _stat(stat, cache) - mapped * _stat(stat, cache.replace("inactive", "active"))
-            left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - used, 0))
+            stat = folder / "memory.stat"
+            held = (used or 0) - _stat(stat, cache) - mapped * _stat(stat, cache.replace("inactive", "active"))
+            left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - held, 0))
     with contextlib.suppress(MemoryBudgetError):  # set by JupyterHub's spawners, in bytes; 0 or nothing is no limit
         limit_size = parse_size(os.environ.get("MEM_LIMIT", ""))
         left["JupyterHub's MEM_LIMIT"] = max(limit_size - psutil.Process().memory_info().rss, 0)
@@ -89,36 +94,6 @@ def available(device: torch.device, *, mapped: bool = False) -> tuple[int, str]:
     left = limits(mapped=mapped)
     name = min(left, key=left.__getitem__)
     return left[name], name
-
-
-def _cgroups() -> list[tuple[Path, Path, Path, str]]:
-    """Return (limit, usage, stat, name of the file pages in stat) of each memory cgroup from this process's up to the root."""
-    try:
-        lines = OWN_CGROUPS.read_text().splitlines()
-    except OSError:  # not Linux
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = CGROUP, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, names = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # In a container the path is the host's, and the container's own group is mounted at the root.
-        group = root / path.lstrip("/")
-        folders = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
-        found += [(folder / names[0], folder / names[1], folder / "memory.stat", names[2]) for folder in folders]
-    return found
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _stat(path: Path, name: str) -> int:

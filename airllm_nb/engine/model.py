@@ -14,7 +14,7 @@ import torch
 from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.engine import context, hub
+from airllm_nb.engine import context, hub, threads
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
@@ -122,6 +122,8 @@ class LayeredModel:
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
         chosen, number, reasons = choose(checkpoint, device, dtype, shared)
+        if chosen.type == "cpu":
+            threads.apply()
         skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
         decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
         reader = Reader(checkpoint)

@@ -53,6 +53,13 @@ class Residue:
         self.known = _mincore is not None and S_ISREG(stat.st_mode) and _may_ask(descriptor, stat)
         self._ours = np.zeros(-(-self._size // PAGE) if self.known else 0, dtype=bool)
 
+    def holds(self, offset: int) -> bool | None:
+        """Tell whether the page cache holds the byte at `offset`, and not because of us; None if that cannot be known."""
+        if not self.known:
+            return None
+        page = offset // PAGE
+        return page < len(self._ours) and bool(self._look(page, page + 1)[0]) and not self._ours[page]
+
     def missing(self, begin: int, end: int, *, keep: bool) -> int:
         """Return how many of the bytes from `begin` to `end` are not in the page cache, or only because of us.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from airllm_nb.engine import hub, memory
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.prediction import Prediction, Work, predict, work_of
 from airllm_nb.engine.residency import decide, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
+from airllm_nb.engine.threads import Threads, compute_threads
 from airllm_nb.errors import MemoryBudgetError, UnsupportedError
 from airllm_nb.events import Fetching, LayerInfo, Listener
 
@@ -58,6 +61,10 @@ class Plan:
     shared_nbytes : int or None
         How much of what stays is mapped from the files, one copy for all processes; None if sharing was not asked for. It
         counts in the budget as if it were owned: pages that do not fit would be read again for every token.
+    threads : Threads
+        How many threads compute on the CPU, and why.
+    work : Work
+        What one token reads and computes, for `predict`.
     """
 
     name: str
@@ -72,8 +79,20 @@ class Plan:
     streamed_nbytes: int
     window: tuple[int, ...]
     reasons: tuple[str, ...]
+    threads: Threads
+    work: Work = dataclasses.field(repr=False)
     shared_nbytes: int | None = None
     by_rows: bool = False
+
+    def predict(self) -> Prediction | None:
+        """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
+
+        Returns
+        -------
+        Prediction or None
+            None for anything but the CPU: what is not measured is not guessed.
+        """
+        return predict(self.work, self.dtype) if self.device.type == "cpu" else None
 
     @property
     def used_nbytes(self) -> int:
@@ -92,6 +111,7 @@ class Plan:
             f"model     {self.name}",
             f"device    {self.device}  ({device})",
             f"dtype     {dtype}  ({number})",
+            *([f"threads   {self.threads.number}  ({self.threads.reason})"] if self.device.type == "cpu" else []),
             f"memory    {used} of {allowed}  ({budget}); at least {least}",
             *([f"shared    {self.sharing}"] if self.sharing else ()),
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
@@ -214,7 +234,7 @@ def make_plan(
         name=name, device=device, dtype=dtype, layers=layers, budget=allowed, least=decision.least,
         always_nbytes=always if decision.by_rows else always + embedding, total_nbytes=always + embedding + sum(sizes),
         checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed, window=decision.window, reasons=(*reasons, reason),
-        shared_nbytes=mapped, by_rows=decision.by_rows,
+        threads=compute_threads(), work=work_of(skeleton, checkpoint, decision), shared_nbytes=mapped, by_rows=decision.by_rows,
     )  # fmt: skip
 
 

@@ -78,22 +78,11 @@ class Reader:
             ) from error
         return missed
 
-    def _fill(self, file: _File, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
-        end = offset + len(into)
+    def is_cached(self, path: Path, offset: int) -> bool | None:
+        """Tell whether the page cache holds the byte at `offset` of a file, reading nothing; None if that cannot be known."""
+        file = self._open(path)
         with file.lock:
-            missed = file.residue.missing(offset, end, keep=keep_cached)
-        done = 0
-        while done < len(into):
-            if self.stopped:
-                raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
-            count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
-            if count == 0:
-                raise changed(path, "was truncated")
-            if not keep_cached:
-                with file.lock:
-                    file.residue.drop(offset + done, offset + done + count)
-            done += count
-        return missed
+            return file.residue.holds(offset)
 
     def close(self) -> None:
         """Close the files. Reading again opens them again."""
@@ -114,6 +103,23 @@ class Reader:
                     os.close(descriptor)
                     raise
             return self._files[path]
+
+    def _fill(self, file: _File, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
+        end = offset + len(into)
+        with file.lock:
+            missed = file.residue.missing(offset, end, keep=keep_cached)
+        done = 0
+        while done < len(into):
+            if self.stopped:
+                raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
+            count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
+            if count == 0:
+                raise changed(path, "was truncated")
+            if not keep_cached:
+                with file.lock:
+                    file.residue.drop(offset + done, offset + done + count)
+            done += count
+        return missed
 
     def _check(self, path: Path) -> None:
         """Check by name *after* reading: then what was read is what the checkpoint described."""

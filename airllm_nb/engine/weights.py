@@ -171,14 +171,14 @@ class GroupReader:
         for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
             if recipe.convert is None:
                 (target,) = recipe.targets
-                missed += self._read(self._checkpoint[recipe.sources[0]], views[target], keep_cached=keep_cached)
+                missed += self.read(self._checkpoint[recipe.sources[0]], views[target], keep_cached=keep_cached)
                 continue
             dtype = views[next(iter(recipe.targets))].dtype
             tensors = {}
             for source in recipe.sources:
                 entry = self._checkpoint[source]
                 tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
-                missed += self._read(entry, tensors[source], keep_cached=keep_cached)
+                missed += self.read(entry, tensors[source], keep_cached=keep_cached)
             for target, tensor in recipe.convert(tensors).items():
                 views[target].copy_(tensor)
         return missed > 0
@@ -192,10 +192,10 @@ class GroupReader:
         entry = self._checkpoint[group.recipes[0].sources[0]]
         size = entry.nbytes // entry.shape[0]
         rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
-        self._read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
+        self.read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
 
-    def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
-        """Read one tensor; returns the bytes that the page cache did not hold."""
+    def read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read one tensor into one of any floating dtype; returns the bytes that the page cache did not hold."""
         if entry.dtype == into.dtype:
             return self._reader.read(entry.file, entry.offset, _bytes(into), keep_cached=keep_cached)
         missed = done = 0

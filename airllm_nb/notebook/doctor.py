@@ -75,6 +75,7 @@ def _environment(device: str) -> list[str]:
     blocks = [
         _section("versions", findings.packages()),
         f"devices\n{report.devices(devices())}",
+        _section("processor", [findings.threads()]),
         _section("memory", findings.memory(findings.where(device)[1])),
     ]
     if versions.problem() is None and (inexact := findings.inexact()):

@@ -85,6 +85,14 @@ def memory(device: torch.device) -> list[Finding]:
     return [Finding(True, name, format_size(size) + ("  ← decides" if name == decisive else "")) for name, size in sizes.items()]
 
 
+def threads() -> Finding:
+    """Return how many threads compute on the CPU, and why."""
+    from airllm_nb.engine.threads import compute_threads
+
+    count, reason = compute_threads()
+    return Finding(True, "compute threads", f"{count}  ({reason})")
+
+
 def where(device: str) -> tuple[list[Finding], torch.device]:
     """Return which device would be chosen, and why; the CPU if the one that is asked for cannot be used."""
     import torch

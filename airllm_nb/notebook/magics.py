@@ -115,8 +115,9 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
     def _plan(self, arguments: argparse.Namespace) -> None:
         import_engine()
         from airllm_nb import plan
+        from airllm_nb.notebook import report
 
-        print(plan(**self._model_options(arguments)))
+        print(report.plan(plan(**self._model_options(arguments))))
 
     def _doctor(self, arguments: argparse.Namespace) -> None:
         from airllm_nb.notebook import doctor

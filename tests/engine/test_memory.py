@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from airllm_nb.engine import memory
+from airllm_nb.engine import cgroups, memory
 from airllm_nb.errors import MemoryBudgetError
 
 
@@ -55,9 +55,9 @@ def test_cgroup_limits(tmp_path, monkeypatch, version):
     inner = (tmp_path / names[0]).parent / "user"
     inner.mkdir()
     (inner / names[0].rpartition("/")[2]).write_text("max\n" if version == 2 else "9223372036854771712\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "CGROUP", tmp_path)
     lines = tmp_path / "cgroup"
     lines.write_text("0::/user\n" if version == 2 else "4:cpu,cpuacct:/\n7:memory:/user\n")
-    monkeypatch.setattr(memory, "OWN_CGROUPS", lines)
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", lines)
     assert memory.limits()["container limit"] == 500_000_000
     assert memory.limits(mapped=True)["container limit"] == 550_000_000

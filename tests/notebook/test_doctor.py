@@ -50,6 +50,7 @@ def test_the_environment(shell):
         assert re.search(rf"^✓ {name} +\d+\.\d+", parts["versions"], re.MULTILINE), name
     assert f"{HERE}  (tested: {versions.TESTED[0]} to {versions.TESTED[-1]}; this is inside)" in parts["versions"]
     assert parts["devices"] == shell.run("%airllm devices").rstrip("\n")
+    assert re.search(r"^✓ compute threads  \d+  \(.+\)$", parts["processor"])
     assert "✓ available memory" in parts["memory"]
     assert parts["memory"].count("← decides") == 1
 

@@ -25,6 +25,7 @@ def test_load_ask_status_unload(shell, chat):
     assert name in status
     assert "all 4 layers stay" in status
     assert "context   4096 tokens" in status
+    assert "s per token" in status
     assert shell.run("%airllm unload") == "The model is unloaded.\n"
     assert shell.run("%airllm unload") == "No model was loaded.\n"
     assert "No model is loaded" in shell.run("%airllm status")
@@ -48,7 +49,10 @@ def test_streaming_layers_give_the_same_text(shell, chat):
 def test_devices_and_plan(shell, chat):
     devices = shell.run("%airllm devices")
     assert devices.startswith("✓ cpu")
-    assert "4 layers stay" in shell.run(f"%airllm plan {chat} --device cpu --dtype float32")
+    planned = shell.run(f"%airllm plan {chat} --device cpu --dtype float32")
+    assert "4 layers stay" in planned
+    assert "\nthreads   " in planned
+    assert "\nspeed     about " in planned
     assert "No model is loaded" in shell.run("%airllm status")
 
 
