@@ -27,6 +27,13 @@ def checkpoint(tmp_path_factory):
     return get
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """PyTorch's mode is the session's, and no test may leave it changed for the next one."""
+    yield
+    assert "torch" not in sys.modules or sys.modules["torch"].is_grad_enabled()
+
+
 @pytest.fixture
 def damaged(checkpoint, tmp_path):
     """Return a function that gives a copy of a tiny checkpoint, to be hurt."""

@@ -48,8 +48,9 @@ def family(tmp_path_factory):
 def answers(model):
     for kind in families.PROMPTS:
         ids = families.prompt(kind)
-        with torch.no_grad():
-            yield f"{kind}.logits", model(ids).logits
+        with torch.no_grad():  # not around a yield: two of these run in turn, and would leave each other's mode behind
+            logits = model(ids).logits
+        yield f"{kind}.logits", logits
         yield f"{kind}.tokens", families.greedy(model, ids)
     if INSTALLED >= longrope.EXACT or versions.rope_type(getattr(model.config, "rope_scaling", None)) != "longrope":
         yield "padded.tokens", families.greedy(model, families.prompt("short"), families.PADDING)

@@ -121,7 +121,7 @@ def test_a_model_that_can_run(shell, chat):
     assert re.sub(r"of [\d.]+ .B", "of SIZE", flat(parts["model"])) == (
         f"✓ exact transformers {HERE} computes llama exactly ✓ device cpu (as asked) ✓ dtype float32 (as asked) "
         "✓ weights 313 kB on disk ✓ memory 626 kB of SIZE (auto: available memory less 202 MB for the KV cache and activations); "
-        "at least 380 kB ✓ layers 4 layers, all resident"
+        "at least 313 kB ✓ layers 4 layers, all resident"
     )
     assert list(parts)[:2] == ["model", "versions"]
 
