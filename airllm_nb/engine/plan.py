@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from airllm_nb.compat.config import field, text_config
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import hub, memory
+from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
@@ -52,6 +53,8 @@ class Plan:
         Sizes of the buffers that streamed layers are read into.
     reasons : tuple of str
         Why this device, dtype and budget.
+    kernels : str
+        Which kernels multiply one row and what they gain, if they were measured.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Plan:
     streamed_nbytes: int
     window: tuple[int, ...]
     reasons: tuple[str, ...]
+    kernels: str = ""
 
     @property
     def used_nbytes(self) -> int:
@@ -87,6 +91,7 @@ class Plan:
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of embedding, norm and head stay too",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
+            *([f"kernels   {self.kernels}"] if self.kernels else []),
         ))  # fmt: skip
 
 
@@ -96,6 +101,7 @@ def plan(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     memory: str | float = "auto",
+    kernels: str = "exact",
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
@@ -105,7 +111,7 @@ def plan(
 
     Parameters
     ----------
-    model, device, dtype, memory, revision, token, trust_remote_code, progress
+    model, device, dtype, memory, kernels, revision, token, trust_remote_code, progress
         As for `LayeredModel.from_pretrained`.
 
     Raises
@@ -118,8 +124,10 @@ def plan(
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
     chosen, number, reasons = choose(checkpoint, device, dtype)
+    one_row.require_mode(kernels, chosen)
     skeleton = build(folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
-    return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+    decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+    return replace(decided, kernels=one_row.use(skeleton.model, kernels, decided.budget))
 
 
 def choose(
