@@ -54,7 +54,7 @@ def test_what_may_be_chosen_is_as_good_as_linear(outputs, dtype, bias):
     shape = kernels.Shape(outputs, 48, dtype, bias)
     measured = kernels.measure(shape, torch.empty(1 << 20, dtype=torch.uint8))
     assert {"linear", "mv", "bmm", "mm"} <= set(measured)
-    assert 0 < measured["linear"].error < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    assert measured["linear"].error < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert measured["linear"].ratio == 1
     torch.manual_seed(0)
     weight, row = torch.randn(outputs, 48).to(dtype), torch.randn(1, 1, 48).to(dtype)
@@ -63,7 +63,7 @@ def test_what_may_be_chosen_is_as_good_as_linear(outputs, dtype, bias):
     for name in measured:
         output = kernels.kernels()[name](row, weight, offset)
         assert (output.shape, output.dtype) == (expected.shape, dtype)
-        assert (output.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm(), name
+        assert (output.double() - expected).norm() <= torch.finfo(dtype).eps * weight.norm() * row.norm(), name
 
 
 def test_best():
@@ -80,7 +80,7 @@ def test_best():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2"])
 def test_logits_are_within_the_error_of_transformers(checkpoint, always, kind, dtype, name, keep):
-    """Against float64, one row after a prompt: what a kernel adds up in another order must not show beside the dtype's own error."""
+    """Against float64, one row after a prompt: another order of adding up must not show beside the dtype's own error."""
     always(name)
     folder = checkpoint(kind)
     memory = budgets(plan(folder, device="cpu", dtype=dtype))[keep]
