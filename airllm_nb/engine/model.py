@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, threads
+from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
@@ -79,6 +81,7 @@ class LayeredModel:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         memory: str | float = "auto",
+        kernels: str = "exact",
         revision: str | None = None,
         token: str | bool | None = None,
         trust_remote_code: bool = False,
@@ -97,6 +100,9 @@ class LayeredModel:
             ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         memory : str or number
             Budget for weights and read-ahead buffers on the device: ``"auto"``, a size such as ``"4GB"``, or bytes.
+        kernels : str
+            ``"exact"`` computes bit for bit as transformers does. ``"measured"`` takes, for each shape of linear layer, the
+            kernel of PyTorch that multiplies one row fastest on this CPU: no larger errors, but other last bits.
         revision, token : optional
             Branch, tag or commit of a hub model, and the token that opens it.
         trust_remote_code : bool
@@ -122,10 +128,12 @@ class LayeredModel:
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
         chosen, number, reasons = choose(checkpoint, device, dtype, shared)
+        one_row.require_mode(kernels, chosen)
         if chosen.type == "cpu":
             threads.apply()
         skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
         decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
+        decided = dataclasses.replace(decided, kernels=one_row.use(skeleton.model, kernels, decided.budget))
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:

@@ -12,6 +12,7 @@ import torch
 from airllm_nb.compat.config import field, text_config
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import hub, memory
+from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
@@ -65,6 +66,8 @@ class Plan:
         How many threads compute on the CPU, and why.
     work : Work
         What one token reads and computes, for `predict`.
+    kernels : str
+        Which kernels multiply one row and what they gain, if they were measured.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Plan:
     work: Work = dataclasses.field(repr=False)
     shared_nbytes: int | None = None
     by_rows: bool = False
+    kernels: str = ""
 
     def predict(self) -> Prediction | None:
         """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
@@ -117,6 +121,7 @@ class Plan:
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of {parts} stay too{rows}",
             f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
+            *([f"kernels   {self.kernels}"] if self.kernels else []),
         ))  # fmt: skip
 
     @property
@@ -136,6 +141,7 @@ def plan(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     memory: str | float = "auto",
+    kernels: str = "exact",
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
@@ -146,7 +152,7 @@ def plan(
 
     Parameters
     ----------
-    model, device, dtype, memory, revision, token, trust_remote_code, shared, progress
+    model, device, dtype, memory, kernels, revision, token, trust_remote_code, shared, progress
         As for `LayeredModel.from_pretrained`.
 
     Raises
@@ -159,8 +165,10 @@ def plan(
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     checkpoint = Checkpoint(folder, headers)
     chosen, number, reasons = choose(checkpoint, device, dtype, shared)
+    one_row.require_mode(kernels, chosen)
     skeleton = build(folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
-    return make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
+    decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
+    return dataclasses.replace(decided, kernels=one_row.use(skeleton.model, kernels, decided.budget))
 
 
 def choose(

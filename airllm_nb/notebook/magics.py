@@ -87,7 +87,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
 
     def _load(self, arguments: argparse.Namespace) -> None:
-        model = self.session.load(**self._model_options(arguments))
+        model = self.session.load(**self._model_options(arguments), kernels=arguments.kernels)
         from airllm_nb.notebook import report
 
         print(report.one_line(model))
@@ -117,7 +117,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb import plan
         from airllm_nb.notebook import report
 
-        print(report.plan(plan(**self._model_options(arguments))))
+        print(report.plan(plan(**self._model_options(arguments), kernels=arguments.kernels)))
 
     def _doctor(self, arguments: argparse.Namespace) -> None:
         from airllm_nb.notebook import doctor

@@ -104,6 +104,9 @@ VERBS: dict[str, Parser] = {
     "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
     "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; takes the same options.", nargs="?"),
 }
+for _verb in ("load", "plan"):
+    VERBS[_verb].option("--kernels", choices=("exact", "measured"), default="exact",
+                        help="measured: one row by this CPU's fastest kernel; last bits are not transformers' own")  # fmt: skip
 MODEL = {"load": " MODEL", "plan": " MODEL", "doctor": " [MODEL]"}
 CELL = _cell_parser()
 
