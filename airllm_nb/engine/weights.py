@@ -147,9 +147,10 @@ class GroupReader:
         views = group.views(buffer)
         missed = 0
         for recipe in group.recipes:
-            if recipe.convert is None:
+            if recipe.convert is None or recipe.joined:
                 (target,) = recipe.targets
-                missed += self._read(self._checkpoint[recipe.sources[0]], views[target], keep_cached=keep_cached)
+                entries = [self._checkpoint[source] for source in recipe.sources]
+                missed += self.read(entries, views[target], keep_cached=keep_cached)
                 continue
             dtype = views[next(iter(recipe.targets))].dtype
             tensors = {}
@@ -160,6 +161,15 @@ class GroupReader:
             for target, tensor in recipe.convert(tensors).items():
                 views[target].copy_(tensor)
         return missed > 0
+
+    def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read tensors into a contiguous one, one after the other; returns the bytes that the page cache did not hold."""
+        flat, begin, missed = into.view(-1), 0, 0
+        for entry in entries:
+            end = begin + math.prod(entry.shape)
+            missed += self._read(entry, flat[begin:end], keep_cached=keep_cached)
+            begin = end
+        return missed
 
     def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
         """Read one tensor; returns the bytes that the page cache did not hold."""
