@@ -175,8 +175,8 @@ def _joined(convert: Callable[[Tensors], Tensors], dimensions: Mapping[str, int]
         return None
     flat, order, done = made.reshape(-1), [], 0
     while done < flat.numel():
-        name = firsts.pop(int(flat[done]), None)
-        if name is None or not torch.equal(flat[done : done + pieces[name].numel()], pieces[name]):
+        name = firsts.pop(int(flat[done]), "")
+        if not name or not torch.equal(flat[done : done + pieces[name].numel()], pieces[name]):
             return None
         order.append(name)
         done += pieces[name].numel()

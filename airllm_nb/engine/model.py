@@ -16,6 +16,8 @@ from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub
 from airllm_nb.engine.checkpoint import Checkpoint
+from airllm_nb.engine.expert_stacks import ExpertStack, split
+from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
@@ -64,7 +66,7 @@ class LayeredModel:
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
         groups = (skeleton.always, *(layer.group for layer in skeleton.layers))
-        self._streams: list[WeightStream] = []
+        self._streams: list[WeightStream | ExpertStore] = []
         self._free = weakref.finalize(self, _release, self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
@@ -117,11 +119,14 @@ class LayeredModel:
         chosen, number, reasons = choose(checkpoint, device, dtype)
         skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
         decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons)
+        stacks: tuple[ExpertStack, ...] = ()
+        if decided.experts:
+            skeleton, stacks = split(skeleton, checkpoint)
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:
             loaded.progress = progress
-            load_weights(skeleton, decided, GroupReader(checkpoint, reader), loaded._runtime, loaded._streams)
+            load_weights(skeleton, decided, GroupReader(checkpoint, reader), loaded._runtime, loaded._streams, stacks)
         except BaseException:
             loaded.close()
             raise
@@ -305,7 +310,7 @@ class LayeredModel:
         return values.to(self.device) if type(values) is torch.Tensor else values
 
 
-def _release(streams: list[WeightStream], groups: Sequence[WeightGroup], reader: Reader) -> None:
+def _release(streams: list[WeightStream | ExpertStore], groups: Sequence[WeightGroup], reader: Reader) -> None:
     """Let go of the weights, when the model is closed or forgotten. Must not reach the model, or it never would be."""
     reader.stopped = True
     for stream in streams:

@@ -74,6 +74,7 @@ class WeightGroup:
     ) -> None:
         self.name = name
         self.recipes = recipes
+        self._device = device
         self.weights: dict[str, Weight] = {}
         offset = 0
         for parameter in parameters:
@@ -91,6 +92,18 @@ class WeightGroup:
             for place in weight.places
             if not place.is_buffer
         ]
+
+    def without(self, names: Iterable[str]) -> WeightGroup:
+        """Return a group that has all but some parameters, which have recipes of their own."""
+        left = self.weights.keys() - set(names)
+        parameters = (
+            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN)
+            for weight in self.weights.values()
+            if weight.name in left
+        )
+        return WeightGroup(
+            self.name, parameters, [recipe for recipe in self.recipes if left & recipe.targets.keys()], self._device
+        )
 
     def views(self, buffer: torch.Tensor) -> Tensors:
         """Return each parameter as a view of a flat uint8 buffer of at least `nbytes` bytes."""
