@@ -27,6 +27,8 @@ Key = tuple[int, int]
 """A matrix: the number of its stack, and of its expert."""
 
 THREADS = 2  # that read: a disk is at its full rate only with several requests
+AHEAD = 2 * THREADS
+"""How many matrices that nothing has computed with yet may have taken the place of others."""
 MEMORY = 8
 """Hits for each matrix, on average, after which a hit counts half: long enough to know the popular ones, short enough to forget
 those of the last conversation."""
@@ -62,6 +64,7 @@ class ExpertStore:
         self._failed: dict[Key, BaseException] = {}
         self._jobs: deque[Key] = deque()
         self._wanted: set[Key] = set()  # not to be dropped
+        self._ahead: set[Key] = set()  # read for the visit under way, and not used yet
         self._scores: dict[Key, float] = {}
         self._now: set[Key] = set()  # hit in this pass
         self._last = 0  # the stack that computed last
@@ -110,6 +113,7 @@ class ExpertStore:
             del left[key]
             with self._lock:
                 self._wanted.discard(key)
+                self._ahead.discard(key)
                 waiting = bool(self._jobs)
             if waiting:
                 self._wake()
@@ -142,7 +146,7 @@ class ExpertStore:
             missing = [key for key in (*keys, *later) if key not in self._held and key not in self._reading]
             self.misses += sum(key not in self._held for key in new)
             self.hits += sum(key in self._held for key in new)
-            self._wanted = {*keys, *later}
+            self._wanted, self._ahead = {*keys, *later}, set()
             self._jobs = deque(missing)
         if missing:
             self._wake()
@@ -201,7 +205,9 @@ class ExpertStore:
         buffer = self._room(self.stacks[key[0]].nbytes)
         if buffer is None:
             return None
-        self._reading.add(self._jobs.popleft())
+        self._jobs.popleft()
+        self._reading.add(key)
+        self._ahead.add(key)
         return key, buffer
 
     def _room(self, size: int) -> torch.Tensor | None:
@@ -210,6 +216,8 @@ class ExpertStore:
         if self._unused[size]:
             self._unused[size] -= 1
             return torch.empty(size + ALIGN, dtype=torch.uint8, device="cpu")
+        if len(self._ahead) >= AHEAD:
+            return None
         heap, aside = self._ranks[size], []
         buffer = None
         while heap and buffer is None:

@@ -22,6 +22,7 @@ class Stacked(Away):
     store: ExpertStore
     number: int
     turned: bool
+    notes = False
 
     @classmethod
     def __torch_function__(
