@@ -7,6 +7,7 @@ fused from several tensors (one per expert). transformers' own tables decide; th
 from __future__ import annotations
 
 import copy
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -32,11 +33,15 @@ class Recipe:
         Names of the model's parameters (or persistent buffers) that come out, with their shapes.
     convert : callable or None
         From the sources' tensors by name to the targets' tensors by name; None where the one source *is* the one target.
+    joined : bool
+        True where `convert` only puts the sources' elements one after the other, in their order: then they may be read right to
+        where they belong, all of them or some.
     """
 
     sources: tuple[str, ...]
     targets: dict[str, tuple[int, ...]]
     convert: Callable[[Tensors], Tensors] | None = None
+    joined: bool = False
 
 
 def recipes(
@@ -73,7 +78,9 @@ def _from_part(recipe: Recipe, stored: Mapping[str, str]) -> Recipe:
     sources, convert = tuple(stored[name] for name in recipe.sources), recipe.convert
     if convert is None:
         return Recipe(sources, recipe.targets)
-    return Recipe(sources, recipe.targets, lambda tensors: convert({name: tensors[stored[name]] for name in recipe.sources}))
+    return Recipe(
+        sources, recipe.targets, lambda tensors: convert({name: tensors[stored[name]] for name in recipe.sources}), recipe.joined
+    )
 
 
 def float32_names(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
@@ -143,9 +150,37 @@ def _version_5(model: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Tensor
     for target, members in fused.items():
         convert = _converter(model, by_pattern[members[0][1]], target, members)
         # On meta tensors the conversion costs nothing and tells names and shapes.
-        made = convert({name: torch.empty(shapes[name], device="meta") for name, _ in members})
-        found.append(Recipe(tuple(n for n, _ in members), {n: tuple(t.shape) for n, t in made.items()}, convert))
+        sources = tuple(name for name, _ in members)
+        made = convert({name: torch.empty(shapes[name], device="meta") for name in sources})
+        order = _joined(convert, {name: len(shapes[name]) for name in sources}) if len(made) == 1 else None
+        found.append(Recipe(order or sources, {n: tuple(t.shape) for n, t in made.items()}, convert, joined=bool(order)))
     return found, unused
+
+
+def _joined(convert: Callable[[Tensors], Tensors], dimensions: Mapping[str, int]) -> tuple[str, ...] | None:
+    """Return the order in which a conversion to one tensor puts its sources' elements; None if it does anything else to them.
+
+    The conversion is asked, not its description: it gets numbers, in tensors as many as the sources and otherwise small.
+    """
+    numbers, begin = {}, 0
+    for name, count in dimensions.items():
+        shape = (2, 4, 6, 8)[:count]
+        numbers[name] = torch.arange(begin, begin + math.prod(shape), device="cpu").view(shape)
+        begin += math.prod(shape)
+    firsts = {int(tensor.view(-1)[0]): name for name, tensor in numbers.items()}
+    pieces = {name: tensor.view(-1) for name, tensor in numbers.items()}
+    try:
+        (made,) = convert(numbers).values()
+    except Exception:  # noqa: BLE001  # a conversion that goes by the sizes of this model
+        return None
+    flat, order, done = made.reshape(-1), [], 0
+    while done < flat.numel():
+        name = firsts.pop(int(flat[done]), "")
+        if not name or not torch.equal(flat[done : done + pieces[name].numel()], pieces[name]):
+            return None
+        order.append(name)
+        done += pieces[name].numel()
+    return None if firsts else tuple(order)
 
 
 def _converter(model: Any, converter: Any, target: str, members: Iterable[tuple[str, str]]) -> Callable[[Tensors], Tensors]:

@@ -31,6 +31,8 @@ class Away(nn.Parameter):
     home: torch.device
     misuse = "outside of the layer it belongs to, while that is not in memory"
     changes: list[Change]
+    notes = True
+    """Whether changes in place are noted, or refused."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -47,7 +49,8 @@ class Away(nn.Parameter):
             if func.__name__ != "__get__" or not isinstance(answer, torch.Tensor):
                 return answer
         values = (*args[1:], *(kwargs or {}).values())
-        if _in_place(func) and isinstance(args[0], Away) and not any(isinstance(value, torch.Tensor) for value in values):
+        numbers = not any(isinstance(value, torch.Tensor) for value in values)
+        if _in_place(func) and isinstance(args[0], Away) and args[0].notes and numbers:
             args[0].changes.append((func, args[1:], dict(kwargs or {})))
             return args[0]
         raise cls.refusal((*args[:1], *values))

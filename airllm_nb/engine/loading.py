@@ -5,21 +5,33 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from airllm_nb.compat import initialize, routing
 from airllm_nb.engine import rows
-from airllm_nb.engine.plan import Plan
+from airllm_nb.engine.expert_stacks import ExpertStack
+from airllm_nb.engine.experts import ExpertStore
+from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.slots import Slot, make_slots
+from airllm_nb.engine.stacked import stacked
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader
 from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, LoadBegin, LoadEnd, Source
 
 
-def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: Runtime, streams: list[WeightStream]) -> None:
+def load_weights(
+    skeleton: Skeleton,
+    plan: Plan,
+    groups: GroupReader,
+    runtime: Runtime,
+    streams: list[WeightStream | ExpertStore],
+    stacks: Sequence[ExpertStack] = (),
+) -> None:
     """Bring a model's weights to where `plan` wants them, and tell the runtime's listener of every step.
 
     Parameters
@@ -32,8 +44,10 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
         Reads (or maps) them.
     runtime : Runtime
         Gets the stream of the others.
-    streams : list of WeightStream
-        Gets it too, before its thread starts: whoever owns the list closes it, whatever happens.
+    streams : list of WeightStream and ExpertStore
+        Gets what has threads, before they start: whoever owns the list closes it, whatever happens.
+    stacks : sequence of ExpertStack
+        The experts that are read when they are hit.
     """
     begin, completed = time.perf_counter(), False
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
@@ -50,6 +64,9 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
                 telling(info, groups.load, layer.group, plan.device)
             else:
                 layer.group.detach()
+        if plan.experts:
+            streams.append(store := _experts(groups, plan.experts, stacks, plan.device))
+            store.start()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
         if streamed:
             layer_groups = [layer.group for layer in skeleton.layers]
@@ -64,6 +81,20 @@ def load_weights(skeleton: Skeleton, plan: Plan, groups: GroupReader, runtime: R
         completed = True
     finally:
         runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
+
+
+def _experts(groups: GroupReader, plan: ExpertsPlan, stacks: Sequence[ExpertStack], device: torch.device) -> ExpertStore:
+    """Let the experts be read when they are hit."""
+
+    def read(stack: ExpertStack, expert: int, into: torch.Tensor) -> None:
+        groups.read(stack.sources[expert], into, keep_cached=False)
+
+    store = ExpertStore(stacks, plan.slots, read)
+    for number, stack in enumerate(stacks):
+        parameter = stacked(store, number, device)
+        for place in stack.places:
+            place.table[place.attribute] = parameter
+    return store
 
 
 class _Telling:

@@ -46,7 +46,7 @@ class SharingReader(GroupReader):
     def load(self, group: WeightGroup, device: torch.device) -> bool:
         """Bring a group's weights in, to stay, and attach them; True if any of it had to come from the disk."""
         entries = shareable(group, self._checkpoint)
-        from_disk = super().load(group.without(entries, device), device)
+        from_disk = super().load(group.without(entries), device)
         tensors: Tensors = {}
         for run in _runs(entries.values()):
             found, missed = self._map(run)

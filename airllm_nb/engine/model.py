@@ -18,6 +18,8 @@ from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, threads
 from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
+from airllm_nb.engine.expert_stacks import ExpertStack, split
+from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.mapped import SharingReader
@@ -68,7 +70,7 @@ class LayeredModel:
         self._tokenizer: Any = None
         self._runtime = Runtime(skeleton.layers, plan.layers)
         groups = (skeleton.always, *filter(None, (skeleton.embedding,)), *(layer.group for layer in skeleton.layers))
-        self._streams: list[WeightStream] = []
+        self._streams: list[WeightStream | ExpertStore] = []
         self._free = weakref.finalize(self, _release, self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
@@ -134,12 +136,15 @@ class LayeredModel:
         skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
         decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
         decided = dataclasses.replace(decided, kernels=one_row.use(skeleton.model, kernels, decided.budget))
+        stacks: tuple[ExpertStack, ...] = ()
+        if decided.experts:
+            skeleton, stacks = split(skeleton, checkpoint)
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:
             loaded.progress = progress
             groups = (SharingReader if shared else GroupReader)(checkpoint, reader)
-            load_weights(skeleton, decided, groups, loaded._runtime, loaded._streams)
+            load_weights(skeleton, decided, groups, loaded._runtime, loaded._streams, stacks)
         except BaseException:
             loaded.close()
             raise
@@ -323,7 +328,7 @@ class LayeredModel:
         return values.to(self.device) if type(values) is torch.Tensor else values
 
 
-def _release(streams: list[WeightStream], groups: Sequence[WeightGroup], reader: Reader) -> None:
+def _release(streams: list[WeightStream | ExpertStore], groups: Sequence[WeightGroup], reader: Reader) -> None:
     """Let go of the weights, when the model is closed or forgotten. Must not reach the model, or it never would be."""
     reader.stopped = True
     for stream in streams:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from airllm_nb.compat import experts as compat_experts
 from airllm_nb.compat.config import field, text_config
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.engine import hub, memory
+from airllm_nb.engine import expert_stacks, hub, memory
 from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.prediction import Prediction, Work, predict, work_of
-from airllm_nb.engine.residency import decide, least_budget
+from airllm_nb.engine.residency import decide_with_experts, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.threads import Threads, compute_threads
@@ -29,6 +31,41 @@ ACTIVATIONS = 200_000_000
 CACHED_TOKENS = 2048
 """The length of a conversation that the estimate of the KV cache assumes, if the model's context is not shorter."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How the experts of a model are read that are read only when they are hit.
+
+    Attributes
+    ----------
+    per_layer : int
+        How many experts a layer has.
+    per_token : int or None
+        How many of them one token hits, if the config says.
+    nbytes : int
+        Bytes of one expert in the dtype that it computes in.
+    total_nbytes : int
+        Bytes of all of them.
+    slots : dict of int to int
+        How many matrices of each size in bytes may be in memory.
+    """
+
+    per_layer: int
+    per_token: int | None
+    nbytes: int
+    total_nbytes: int
+    slots: dict[int, int]
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes that experts may occupy."""
+        return expert_stacks.occupied(self.slots)
+
+    def __str__(self) -> str:
+        hit = f"{self.per_token} of {self.per_layer}" if self.per_token else f"some of {self.per_layer}"
+        share = min(1.0, self.used_nbytes / self.total_nbytes)
+        return f"{format_size(self.nbytes)} each, read when hit: {hit} in a layer per token; {share:.0%} of all stay"
 
 
 @dataclass(frozen=True)
@@ -68,6 +105,8 @@ class Plan:
         What one token reads and computes, for `predict`.
     kernels : str
         Which kernels multiply one row and what they gain, if they were measured.
+    experts : ExpertsPlan or None
+        How experts are read that are read only when they are hit; the layers are then meant without them.
     """
 
     name: str
@@ -87,6 +126,7 @@ class Plan:
     shared_nbytes: int | None = None
     by_rows: bool = False
     kernels: str = ""
+    experts: ExpertsPlan | None = None
 
     def predict(self) -> Prediction | None:
         """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
@@ -101,7 +141,8 @@ class Plan:
     @property
     def used_nbytes(self) -> int:
         """What weights and read-ahead buffers occupy."""
-        return self.always_nbytes + sum(layer.nbytes for layer in self.layers if layer.resident) + sum(self.window)
+        layers = sum(layer.nbytes for layer in self.layers if layer.resident)
+        return self.always_nbytes + layers + sum(self.window) + (self.experts.used_nbytes if self.experts else 0)
 
     def __str__(self) -> str:
         resident = [layer for layer in self.layers if layer.resident]
@@ -110,6 +151,7 @@ class Plan:
         parts, rows = ("norm and head", ", embedding read by rows") if self.by_rows else ("embedding, norm and head", "")
         dtype = str(self.dtype).removeprefix("torch.")
         device, number, budget = self.reasons
+        read = format_size(self.streamed_nbytes) if streamed else "nothing"
         used, allowed, least = map(format_size, (self.used_nbytes, self.budget, self.least))
         return "\n".join((
             f"model     {self.name}",
@@ -120,7 +162,8 @@ class Plan:
             *([f"shared    {self.sharing}"] if self.sharing else ()),
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of {parts} stay too{rows}",
-            f"per token {format_size(self.streamed_nbytes)} read from disk" if streamed else "per token nothing read from disk",
+            *([f"experts   {self.experts}"] if self.experts else ()),
+            f"per token {read} read from disk{', and experts' if self.experts else ''}",
             *([f"kernels   {self.kernels}"] if self.kernels else []),
         ))  # fmt: skip
 
@@ -208,6 +251,8 @@ def make_plan(
         If the budget is below the least that works; says which limit an automatic one comes from.
     """
     sizes = [layer.group.nbytes for layer in skeleton.layers]
+    lean, stacks = expert_stacks.split(skeleton, checkpoint) if device.type == "cpu" else (skeleton, ())
+    without, few = ([layer.group.nbytes for layer in lean.layers], expert_stacks.least(stacks)) if stacks else ([], 0)
     always = skeleton.always.nbytes
     embedding = skeleton.embedding.nbytes if skeleton.embedding else 0
     if str(budget).strip().lower() == "auto":
@@ -215,7 +260,7 @@ def make_plan(
         reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), dtype)
         allowed = max(free - reserve, 0)
         reason = f"auto: {limit} less {format_size(reserve)} for the KV cache and activations"
-        if allowed < (least := least_budget(always, sizes)):
+        if allowed < (least := least_budget(always, sizes, without, few)):
             raise MemoryBudgetError(
                 f"This model needs at least {format_size(least)}. The {limit} leaves {format_size(free)}, of which "
                 f"{format_size(reserve)} are kept for the KV cache and activations.",
@@ -223,7 +268,9 @@ def make_plan(
             )
     else:
         allowed, reason = memory.parse_size(budget), "as asked"
-    decision = decide(always, sizes, allowed, embedding)
+    decision = decide_with_experts(always, sizes, without, few, allowed, embedding)
+    experts = _plan_experts(stacks, decision.experts, skeleton.model.config) if decision.experts else None
+    skeleton = lean if experts else skeleton
     layers = tuple(
         LayerInfo(index, layer.group.name, layer.group.nbytes, resident)
         for index, (layer, resident) in enumerate(zip(skeleton.layers, decision.resident, strict=True))
@@ -243,7 +290,19 @@ def make_plan(
         always_nbytes=always if decision.by_rows else always + embedding, total_nbytes=always + embedding + sum(sizes),
         checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=streamed, window=decision.window, reasons=(*reasons, reason),
         threads=compute_threads(), work=work_of(skeleton, checkpoint, decision), shared_nbytes=mapped, by_rows=decision.by_rows,
+        experts=experts,
     )  # fmt: skip
+
+
+def _plan_experts(stacks: Sequence[expert_stacks.ExpertStack], budget: int, config: Any) -> ExpertsPlan:
+    first = next(number for number, stack in enumerate(stacks, 1) if stack.partner is None)
+    return ExpertsPlan(
+        per_layer=len(stacks[0].sources),
+        per_token=compat_experts.per_token(config),
+        nbytes=sum(stack.nbytes for stack in stacks[:first]),
+        total_nbytes=sum(stack.nbytes * len(stack.sources) for stack in stacks),
+        slots=expert_stacks.slots(stacks, budget),
+    )
 
 
 def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:

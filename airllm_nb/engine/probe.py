@@ -167,7 +167,7 @@ class Sample:
                 filled = filled if filled + piece.shape[0] <= room.numel() else 0
                 into = room[filled : filled + piece.shape[0]]
                 filled += piece.shape[0]
-                self.missed += self._groups.read(piece, into, keep_cached=False)
+                self.missed += self._groups.read([piece], into, keep_cached=False)
                 total += piece.nbytes
                 now = time.perf_counter()
         except (AirLLMError, OSError) as error:

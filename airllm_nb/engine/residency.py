@@ -7,7 +7,7 @@ used (what the operating system's page cache does) is the worst: it drops each l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from airllm_nb.engine.memory import format_size
 from airllm_nb.errors import MemoryBudgetError
@@ -27,12 +27,15 @@ class Residency:
         The smallest budget in bytes that works: what is always resident and the two largest layers.
     by_rows : bool
         Whether the embedding does not stay, and the rows that are looked up are read from disk.
+    experts : int
+        Bytes for experts that are read when they are hit; 0 if the layers stay or stream with their experts.
     """
 
     resident: tuple[bool, ...]
     window: tuple[int, ...]
     least: int
-    by_rows: bool
+    by_rows: bool = False
+    experts: int = 0
 
 
 def decide(always: int, layers: Sequence[int], budget: int, embedding: int = 0) -> Residency:
@@ -71,9 +74,40 @@ def decide(always: int, layers: Sequence[int], budget: int, embedding: int = 0) 
     return Residency(tuple(resident), tuple(streamed[-2:]), least, by_rows)
 
 
-def least_budget(always: int, layers: Sequence[int]) -> int:
-    """Return the smallest budget that works: what is always resident and the two largest layers."""
-    return always + sum(sorted(layers)[-2:])
+def decide_with_experts(
+    always: int, layers: Sequence[int], lean: Sequence[int], few: int, budget: int, embedding: int = 0
+) -> Residency:
+    """Choose what stays of a model whose experts can be read when they are hit.
+
+    Of a layer without experts every byte is needed for every token, and of an expert only when it is hit: if not everything
+    stays, the layers without their experts come first, and all that is left is for the experts that are hit most often.
+
+    Parameters
+    ----------
+    always, layers, budget, embedding
+        As for `decide`.
+    lean : sequence of int
+        Bytes of each layer without those experts; empty if the model has none.
+    few : int
+        Bytes of as many experts as must be in memory at once.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the budget is below the least that works.
+    """
+    least = least_budget(always, layers, lean, few)
+    if budget >= always + sum(layers) or least == least_budget(always, layers):
+        return replace(decide(always, layers, budget, embedding), least=least)
+    decision = decide(always + few, lean, budget)
+    used = always + sum(size for size, stays in zip(lean, decision.resident, strict=True) if stays) + sum(decision.window)
+    return replace(decision, by_rows=embedding > 0, experts=budget - used)
+
+
+def least_budget(always: int, layers: Sequence[int], lean: Sequence[int] = (), few: int = 0) -> int:
+    """Return the smallest budget that works: what is always resident and the two largest layers, if possible without experts."""
+    whole = always + sum(sorted(layers)[-2:])
+    return min(whole, always + few + sum(sorted(lean)[-2:])) if lean else whole
 
 
 def _spread(layers: Sequence[int], free: int) -> list[bool]:

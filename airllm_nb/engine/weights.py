@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +75,7 @@ class WeightGroup:
     ) -> None:
         self.name = name
         self.recipes = recipes
+        self._device = device
         self.weights: dict[str, Weight] = {}
         offset = 0
         for parameter in parameters:
@@ -92,6 +93,18 @@ class WeightGroup:
             for place in weight.places
             if not place.is_buffer
         ]
+
+    def without(self, names: Iterable[str]) -> WeightGroup:
+        """Return a group that has all but some parameters, which have recipes of their own."""
+        left = self.weights.keys() - set(names)
+        parameters = (
+            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN)
+            for weight in self.weights.values()
+            if weight.name in left
+        )
+        return WeightGroup(
+            self.name, parameters, [recipe for recipe in self.recipes if left & recipe.targets.keys()], self._device
+        )
 
     def views(self, buffer: torch.Tensor) -> Tensors:
         """Return each parameter as a view of a flat uint8 buffer of at least `nbytes` bytes."""
@@ -113,16 +126,6 @@ class WeightGroup:
             parameter = _parameter(view)
             for place in self.weights[name].places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
-
-    def without(self, names: Collection[str], device: torch.device) -> WeightGroup:
-        """Return a group of the other weights. `names` come from recipes that make nothing else."""
-        rest = [
-            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN)
-            for weight in self.weights.values()
-            if weight.name not in names
-        ]
-        recipes = [recipe for recipe in self.recipes if recipe.targets.keys().isdisjoint(names)]
-        return WeightGroup(self.name, rest, recipes, device)
 
     def detach(self) -> None:
         """Let the parameters be away: the modules hold no memory. May be called at any time."""
@@ -169,16 +172,17 @@ class GroupReader:
         views = group.views(buffer)
         missed = 0
         for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
-            if recipe.convert is None:
+            if recipe.convert is None or recipe.joined:
                 (target,) = recipe.targets
-                missed += self.read(self._checkpoint[recipe.sources[0]], views[target], keep_cached=keep_cached)
+                entries = [self._checkpoint[source] for source in recipe.sources]
+                missed += self.read(entries, views[target], keep_cached=keep_cached)
                 continue
             dtype = views[next(iter(recipe.targets))].dtype
             tensors = {}
             for source in recipe.sources:
                 entry = self._checkpoint[source]
                 tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
-                missed += self.read(entry, tensors[source], keep_cached=keep_cached)
+                missed += self._read(entry, tensors[source], keep_cached=keep_cached)
             for target, tensor in recipe.convert(tensors).items():
                 views[target].copy_(tensor)
         return missed > 0
@@ -192,10 +196,19 @@ class GroupReader:
         entry = self._checkpoint[group.recipes[0].sources[0]]
         size = entry.nbytes // entry.shape[0]
         rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
-        self.read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
+        self._read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
 
-    def read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
-        """Read one tensor into one of any floating dtype; returns the bytes that the page cache did not hold."""
+    def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read tensors into a contiguous one, one after the other; returns the bytes that the page cache did not hold."""
+        flat, begin, missed = into.view(-1), 0, 0
+        for entry in entries:
+            end = begin + math.prod(entry.shape)
+            missed += self._read(entry, flat[begin:end], keep_cached=keep_cached)
+            begin = end
+        return missed
+
+    def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read one tensor; returns the bytes that the page cache did not hold."""
         if entry.dtype == into.dtype:
             return self._reader.read(entry.file, entry.offset, _bytes(into), keep_cached=keep_cached)
         missed = done = 0

@@ -1,0 +1,45 @@
+"""Which parameters stack one matrix for each expert, and are only ever used for the experts that are hit.
+
+From transformers 5.0 on a mixture of experts keeps its experts in a module whose class is marked with
+``use_experts_implementation``: its parameters are used expert by expert (``eager``), in groups of tokens (``grouped_mm``, the
+default) or gathered for each token (``batched_mm``). Before, and in classes without the mark, nothing can be told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airllm_nb.compat import config as compat_config
+from airllm_nb.compat import versions
+
+MARKS = ("has_bias", "is_transposed", "_apply_gate")
+"""What the decorator adds to a module on every version."""
+GROUPED = frozenset(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"))
+"""The functions by which transformers multiplies groups of rows with a stack of matrices: ``f(rows, stack, offs=ends)``."""
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
+
+def stacks(model: Any) -> list[tuple[str, ...]]:
+    """Return the names of such parameters, module by module, in the order in which they compute.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With parameters on meta.
+    """
+    if versions.installed() < (5,):
+        return []
+    found = []
+    for path, module in model.named_modules():
+        if all(hasattr(module, mark) for mark in MARKS):
+            shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+            stacked = [name for name, shape in shapes.items() if len(shape) == 3]  # noqa: PLR2004  # experts, rows, columns
+            if stacked and len({shapes[name][0] for name in stacked}) == 1:
+                found.append(tuple(f"{path}.{name}" for name in stacked))
+    return found
+
+
+def per_token(config: Any) -> int | None:
+    """Return how many experts of a layer one token hits; None if the config does not say."""
+    text = compat_config.text_config(config)
+    return next((value for name in PER_TOKEN if isinstance(value := compat_config.field(text, name), int)), None)
