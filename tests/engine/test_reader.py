@@ -100,6 +100,31 @@ def test_tells_disk_from_page_cache_and_drops_what_it_brought_in(data):
     reader.close()
 
 
+@only_linux
+def test_pieces_that_begin_within_a_page_leave_nothing_behind(data):
+    """Read again and again, as by streaming: what one pass leaves in the page cache would pass for cached in the next one."""
+    reader = Reader(Files(data))
+    size = data.stat().st_size
+    evict(data)
+    pieces = [(offset, min(1_000_072, size - offset)) for offset in range(0, size, 1_000_072)]
+    if sum(read(reader, data, *piece, keep_cached=False)[1] for piece in pieces) == 0:
+        pytest.skip("this file system never leaves the page cache")
+    for _ in range(3):
+        assert sum(read(reader, data, *piece, keep_cached=False)[1] for piece in pieces) > 0.95 * size
+    reader.close()
+
+
+@only_linux
+def test_what_was_cached_before_stays(data):
+    reader = Reader(Files(data))
+    evict(data)
+    if read(reader, data, CHUNK, CHUNK)[1] == 0:  # the second half
+        pytest.skip("this file system never leaves the page cache")
+    assert read(reader, data, 0, 2 * CHUNK, keep_cached=False)[1] < 1.1 * CHUNK
+    assert read(reader, data, CHUNK, CHUNK)[1] < 0.1 * CHUNK
+    reader.close()
+
+
 def test_many_threads(data):
     reader = Reader(Files(data))
     content = data.read_bytes()
