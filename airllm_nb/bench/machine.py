@@ -13,11 +13,11 @@ import psutil
 
 from airllm_nb.engine.cgroups import CGROUP
 from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.reader import CHUNK
 from airllm_nb.errors import AirLLMError
 
 BUSY = 0.10
 """Share of one core that other processes may use together while something is measured."""
-CHUNK = 8 << 20
 
 
 class BenchError(AirLLMError):
@@ -129,6 +129,8 @@ def limited(nbytes: int | None) -> Iterator[Callable[[], None]]:
         group.mkdir()
         (group / ("memory.limit_in_bytes" if version1 else "memory.max")).write_text(str(nbytes))
     except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
         raise BenchError(
             f"No memory limit can be set here ({error.strerror}).", "Run it as root on Linux, or leave these rows out."
         ) from error

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
+
+import torch
+
+from airllm_nb.compat import versions
 
 PROMPT = 8
 """Tokens of the prompt. Any will do: the weights are random."""
@@ -23,13 +28,11 @@ class Stamps:
     @property
     def seconds(self) -> list[float]:
         """From each token to the next."""
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self.times)]
 
 
 def generate(model: Any, tokens: int, batch: int = 1, prompt: int = PROMPT, **options: Any) -> list[float]:
     """Generate `tokens` and one more, and return the seconds of each but the first."""
-    import torch
-
     stamps = Stamps()
     ids = torch.arange(5, 5 + prompt).repeat(batch, 1)
     model.generate(
@@ -41,8 +44,7 @@ def generate(model: Any, tokens: int, batch: int = 1, prompt: int = PROMPT, **op
 
 def plain(folder: str, dtype: str = "bfloat16", **options: Any) -> Any:
     """Load a model as transformers itself does."""
-    import torch
     import transformers
 
-    name = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"  # noqa: PLR2004  # renamed there
+    name = "dtype" if versions.installed() >= (5,) else "torch_dtype"
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **{name: getattr(torch, dtype)}, **options).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from airllm_nb.compat import versions
@@ -25,7 +26,7 @@ def refuse_negative_bias(model: Any) -> None:
     text = text_config(model.config)
     if versions.installed() >= EXACT or (field(text, "n_group") or 1) <= (field(text, "topk_group") or 1):
         return
-    for name, bias in model.state_dict().items():
+    for name, bias in itertools.chain(model.named_buffers(), model.named_parameters()):
         if name.endswith("e_score_correction_bias") and not bias.is_meta and bool((bias < 0).any()):
             raise UnsupportedError(
                 f"{versions.installed_text()} would silently choose other experts in this model ({name} is negative in part).",

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from airllm_nb.compat.keys import Tensors
-from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry
-from airllm_nb.engine.reader import CHUNK, Reader, changed
+from airllm_nb.engine.checkpoint import FileState, TensorEntry
+from airllm_nb.engine.reader import CHUNK, changed
 from airllm_nb.engine.sharing import shareable
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 from airllm_nb.errors import CheckpointError
@@ -29,19 +29,8 @@ POPULATE_READ = 22 if sys.platform == "linux" else None
 class SharingReader(GroupReader):
     """Maps the weights that stay, as far as they lie in the files as they compute, and reads the others.
 
-    A mapping lives as long as a tensor that lies in it.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        Where the tensors lie.
-    reader : Reader
-        Reads their bytes.
+    Made as a `GroupReader` is. A mapping lives as long as a tensor that lies in it.
     """
-
-    def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
-        super().__init__(checkpoint, reader)
-        self._states = checkpoint.states
 
     def load(self, group: WeightGroup, device: torch.device) -> bool:
         """Bring a group's weights in, to stay, and attach them; True if any of it had to come from the disk."""
@@ -73,7 +62,7 @@ class SharingReader(GroupReader):
             raise changed(path, "was removed") from error
         except (OSError, ValueError) as error:  # ValueError: the file is shorter now
             raise CheckpointError(f"{path.name} cannot be mapped ({error}).", "Load the model without shared.") from error
-        if state != self._states[path]:
+        if state != self._checkpoint.states[path]:
             raise changed(path, "was replaced or rewritten")
         missed = self._bring_in(run[0], mapping, start, end)
         # The tensor holds the mapping, but not as a buffer: closing it by hand would pull the memory from under it.

@@ -1,8 +1,8 @@
 """Reads bytes of a checkpoint's files into memory that the caller owns, and tells what came from the disk.
 
 Three promises: a file that changed since the checkpoint was opened raises (it never gives other weights without a word); nothing
-is mapped, so a truncated file cannot kill the process; and what a streaming read brought into the page cache is dropped again,
-but not what was there before, because other processes may share it.
+is read through a mapping, so a truncated file cannot kill the process; and what a streaming read brought into the page cache is
+dropped again, but not what was there before, because other processes may share it.
 """
 
 from __future__ import annotations

@@ -5,36 +5,24 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from airllm_nb.compat import versions
 from airllm_nb.notebook import findings
 from airllm_nb.notebook.findings import Finding
 
-if TYPE_CHECKING:
-    from airllm_nb.engine.sharing import Shared
-
 WIDTH = 100
 
 
-def text(
-    model: str | None,
-    *,
-    device: str,
-    dtype: str,
-    memory: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    shared: Shared = False,
-) -> str:
+def text(model: str | None, *, device: str, **options: Any) -> str:
     """Examine this environment, and a model in it; the first lines are the answer.
 
     Parameters
     ----------
     model : str or None
         Hub id, local folder, or ``"demo"``; without one, only the environment is examined.
-    device, dtype, memory, revision, trust_remote_code, shared
-        As for `LayeredModel.from_pretrained`.
+    device, **options
+        What `findings.of_model` takes.
     """
     if broken := findings.engine():
         return "\n\n".join([_answer(model, broken), _section("versions", findings.packages())])
@@ -43,15 +31,7 @@ def text(
     if model is None:
         found += findings.where(device)[0]
     elif found[0].ok:  # or nothing is worth fetching
-        found = findings.of_model(
-            model,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            shared=shared,
-        )
+        found = findings.of_model(model, device=device, **options)
         blocks.insert(0, _section("model", found))
     return "\n\n".join([_answer(model, found), *blocks])
 

@@ -75,7 +75,8 @@ def test_exact_or_refused(family, name, style):
         LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=least) as streamed,
         LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", shared="insist") as mapped,
     ):
-        assert mapped.plan.shared_nbytes > 0
+        # Before, transformers computes with copies, which begin elsewhere in a cache line than some tensors in their files.
+        assert mapped.plan.shared_nbytes > 0 or INSTALLED < versions.MAPS_FILES
         for (key, one), (_, other), (_, third) in zip(answers(resident), answers(streamed), answers(mapped), strict=True):
             assert torch.equal(one, other), key
             assert torch.equal(one, third), key

@@ -4,8 +4,10 @@ In the environment below the floor (see `tests/matrix.py`) that is what is reall
 """
 
 import importlib.metadata
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import IPython
 import pytest
@@ -177,3 +179,20 @@ print(sorted({"torch", "transformers", "ipywidgets"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.skipif(
+    versions.installed() >= versions.FLOOR, reason="needs a transformers below the floor: tests/matrix.py has one"
+)
+def test_installed_with_no_deps(tmp_path):
+    """Into a session whose transformers pip would otherwise have replaced."""
+    site = tmp_path / "site"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, root], check=True)
+    code = "%load_ext airllm_nb\nimport airllm_nb\nprint(airllm_nb.__file__)"
+    command = [sys.executable, "-m", "IPython", "--quick", "--no-banner", "-c", code]
+    environ = os.environ | {"PYTHONPATH": str(site), "IPYTHONDIR": str(tmp_path / "ipython")}
+    shown = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    said, where = shown.stdout.splitlines()
+    assert said == " ".join(SITUATIONS[REALLY])
+    assert Path(where).is_relative_to(site)
