@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from airllm_nb.engine.model import LayeredModel
-    from airllm_nb.engine.plan import plan
+    from airllm_nb.engine.planning import plan
 
 __version__ = "0.1.0"
 __all__ = ["LayeredModel", "__version__", "load_ipython_extension", "plan", "unload_ipython_extension"]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from airllm_nb.engine import threads
 from airllm_nb.errors import AirLLMError, DeviceError
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -143,7 +144,7 @@ def shapes(model: nn.Module) -> Counter[Shape]:
 
 
 def choose(found: Mapping[Shape, int], room: int) -> tuple[Choice, ...]:
-    """Measure the kernels for each shape on this CPU, with PyTorch's present number of threads; takes about a second a shape.
+    """Measure the kernels for each shape on this CPU, with the threads that compute; takes about a second a shape.
 
     Parameters
     ----------
@@ -154,14 +155,14 @@ def choose(found: Mapping[Shape, int], room: int) -> tuple[Choice, ...]:
     """
     if not found:
         return ()
-    threads = torch.get_num_threads()
-    if any((shape, threads) not in _known for shape in found):
-        pool = torch.empty(min(POOL, room // 2, _nbytes(found)), dtype=torch.uint8, device="cpu")
-        for shape in found:
-            if (shape, threads) not in _known:
-                _known[shape, threads] = best(measure(shape, pool))
+    with threads.applied() as (number, _):
+        if any((shape, number) not in _known for shape in found):
+            pool = torch.empty(min(POOL, room // 2, _nbytes(found)), dtype=torch.uint8, device="cpu")
+            for shape in found:
+                if (shape, number) not in _known:
+                    _known[shape, number] = best(measure(shape, pool))
     by_size = sorted(found.items(), key=lambda item: -_nbytes(dict([item])))
-    return tuple(Choice(shape, count, *_known[shape, threads]) for shape, count in by_size)
+    return tuple(Choice(shape, count, *_known[shape, number]) for shape, count in by_size)
 
 
 _known: dict[tuple[Shape, int], tuple[str, float]] = {}

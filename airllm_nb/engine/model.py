@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import weakref
 from collections.abc import Sequence
@@ -16,18 +15,17 @@ from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, threads
-from airllm_nb.engine import kernels as one_row
 from airllm_nb.engine.checkpoint import Checkpoint
-from airllm_nb.engine.expert_stacks import ExpertStack, split
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.mapped import SharingReader
-from airllm_nb.engine.plan import Plan, choose, make_plan, named, plan
+from airllm_nb.engine.plan import Plan
+from airllm_nb.engine.planning import named, plan, prepare
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.sharing import Shared
-from airllm_nb.engine.skeleton import Skeleton, build
+from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError
@@ -129,16 +127,12 @@ class LayeredModel:
         name, model = named(model, progress)
         path = hub.locate(model, revision=revision, token=token)
         checkpoint = Checkpoint(path)
-        chosen, number, reasons = choose(checkpoint, device, dtype, shared)
-        one_row.require_mode(kernels, chosen)
-        if chosen.type == "cpu":
+        skeleton, decided, stacks = prepare(
+            name, checkpoint, device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if decided.device.type == "cpu":
             threads.apply()
-        skeleton = build(path, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
-        decided = make_plan(name, skeleton, checkpoint, chosen, number, memory, reasons, shared=shared)
-        decided = dataclasses.replace(decided, kernels=one_row.use(skeleton.model, kernels, decided.budget))
-        stacks: tuple[ExpertStack, ...] = ()
-        if decided.experts:
-            skeleton, stacks = split(skeleton, checkpoint)
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
         try:

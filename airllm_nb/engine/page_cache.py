@@ -103,10 +103,11 @@ class Residue:
             mapping = mmap.mmap(self._descriptor, length, access=mmap.ACCESS_READ, offset=start * PAGE)
         except ValueError:  # the file is shorter now, which reading it will find
             return np.ones(last - first, dtype=bool)
-        with mapping:
-            view = np.frombuffer(mapping, dtype=np.uint8)
-            failed = _mincore(view.ctypes.data, length, answer.ctypes.data)
-            del view
+        # No `with`: an interrupt would find the view alive, and a mapping that has views refuses to close. It goes with them.
+        view = np.frombuffer(mapping, dtype=np.uint8)
+        failed = _mincore(view.ctypes.data, length, answer.ctypes.data)
+        del view
+        mapping.close()
         return np.ones(last - first, dtype=bool) if failed else (answer[first - start :] & 1).astype(bool)
 
 

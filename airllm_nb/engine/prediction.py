@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from airllm_nb.compat.config import field, text_config
-from airllm_nb.engine import memory, probe
+from airllm_nb.engine import memory, probe, sample
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.probe import Unmeasurable
 from airllm_nb.engine.residency import Residency
+from airllm_nb.engine.sample import LITTLE, Unmeasurable
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.weights import Weight
 
@@ -119,7 +119,7 @@ class Prediction:
         if self.seconds is None:
             return f"seconds per token not predicted: {self.note}"
         parts = [f"{self.source} {format_size(self.reading)}/s"] if self.reading else []
-        parts += [f"{self.cached:.0%} of it cached"] if self.cached > probe.LITTLE else []
+        parts += [f"{self.cached:.0%} of it cached"] if self.cached > LITTLE else []
         parts += [f"{format_size(self.compute)}/s compute"] if self.compute else []
         return f"about {self.seconds:.2g} s per token ({', '.join(parts)})"
 
@@ -143,9 +143,9 @@ def predict(work: Work, dtype: torch.dtype) -> Prediction:
 
 
 def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Prediction:
-    cached = probe.cached_share(work.checkpoint, work.streamed)
-    in_memory = probe.in_memory(work.checkpoint.folder)
-    stays = cached if cached > probe.LITTLE and (in_memory or cached * sum(work.read) <= work.room) else 0.0
+    cached = sample.cached_share(work.checkpoint, work.streamed)
+    in_memory = sample.in_memory(work.checkpoint.folder)
+    stays = cached if cached > LITTLE and (in_memory or cached * sum(work.read) <= work.room) else 0.0
     reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays)
     seconds = seconds_per_token(
         [nbytes / computing.alone + overhead for nbytes in work.computed],
@@ -154,7 +154,7 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Predi
         work.slots,
         slowed=(computing.share, reading.share),
     )
-    source = "memory" if in_memory else "page cache" if stays > 1 - probe.LITTLE else "disk"
+    source = "memory" if in_memory else "page cache" if stays > 1 - LITTLE else "disk"
     return Prediction(seconds, computing.alone, reading.alone, source, stays if source == "disk" else 0.0)
 
 

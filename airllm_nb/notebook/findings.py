@@ -133,7 +133,7 @@ def of_model(
     """
     from airllm_nb.engine import hub
     from airllm_nb.engine.checkpoint import Checkpoint, read_config
-    from airllm_nb.engine.plan import named
+    from airllm_nb.engine.planning import named
 
     found: list[Finding] = []
     with _told(found, "files"):
@@ -225,7 +225,7 @@ def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _place(checkpoint: Checkpoint, device: str, dtype: str, shared: Shared) -> list[Finding]:
     """Tell which device and dtype would be chosen, and why."""
     from airllm_nb.engine.memory import format_size
-    from airllm_nb.engine.plan import choose
+    from airllm_nb.engine.planning import choose
     from airllm_nb.engine.sharing import require_shareable
 
     found, chosen = where(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from airllm_nb.engine import memory, page_cache, probe
+from airllm_nb.engine import memory, page_cache, probe, sample
 from airllm_nb.engine.checkpoint import Checkpoint
 
 SHAPES = ((64, 32), (128, 64))
@@ -19,7 +19,7 @@ LINUX = pytest.mark.skipif(page_cache._mincore is None, reason="only Linux tells
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(probe, "SECONDS", 0.02)
-    monkeypatch.setattr(probe, "FILE", 32_000_000)
+    monkeypatch.setattr(sample, "FILE", 32_000_000)
     monkeypatch.setattr(probe, "_memory", {})
 
 
@@ -27,7 +27,7 @@ def quick(monkeypatch):
 def large(tmp_path):
     """Return a checkpoint of 64 MB on a disk."""
     save_file({"x": torch.zeros(32 << 20, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    if probe.in_memory(tmp_path):
+    if sample.in_memory(tmp_path):
         pytest.skip("the temporary folder lies in memory")
     return Checkpoint(tmp_path)
 
@@ -53,7 +53,7 @@ def test_the_weights_exceed_the_caches_and_the_rows_of_large_ones_are_cut():
 def test_little_memory_is_no_place_to_measure(monkeypatch):
     monkeypatch.setenv("MEM_LIMIT", "1")
     assert memory.available(torch.device("cpu"))[0] == 0
-    with pytest.raises(probe.Unmeasurable, match="too little memory"):
+    with pytest.raises(sample.Unmeasurable, match="too little memory"):
         probe.computing(SHAPES, torch.float32)
 
 
@@ -75,9 +75,9 @@ def test_random_numbers_stay_the_users():
 def test_what_is_in_the_page_cache(large):
     entries = list(large.values())
     next(iter(large.states)).read_bytes()
-    assert probe.cached_share(large, entries) == 1
+    assert sample.cached_share(large, entries) == 1
     evict(large)
-    assert probe.cached_share(large, entries) < 0.5
+    assert sample.cached_share(large, entries) < 0.5
 
 
 @LINUX
@@ -85,13 +85,13 @@ def test_what_is_in_the_page_cache(large):
 def test_reading_says_what_came_from_the_disk(large, dtype):
     entries = list(large.values())
     evict(large)
-    with probe.Sample(large, entries, dtype) as sample:
-        assert sample.rate(0.05) > 0
-        assert sample.missed > 0
+    with sample.Sample(large, entries, dtype) as reads:
+        assert reads.rate(0.05) > 0
+        assert reads.missed > 0
     next(iter(large.states)).read_bytes()
-    with probe.Sample(large, entries, dtype) as sample:
-        assert sample.rate(0.05) > 0
-        assert sample.missed == 0
+    with sample.Sample(large, entries, dtype) as reads:
+        assert reads.rate(0.05) > 0
+        assert reads.missed == 0
 
 
 @LINUX
@@ -124,18 +124,18 @@ def test_all_in_the_page_cache_leaves_it_there(large):
     entries = list(large.values())
     next(iter(large.states)).read_bytes()
     assert probe.streaming(large, entries, SHAPES, torch.bfloat16)[0].alone > 0
-    assert probe.cached_share(large, entries) == 1
+    assert sample.cached_share(large, entries) == 1
     assert [path.name for path in large.folder.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(("free", "error"), [(0, "nearly full"), (1 << 50, "No such file")])
 def test_a_disk_that_cannot_be_measured_says_why(tmp_path, monkeypatch, free, error):
-    monkeypatch.setattr(probe.psutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(probe.Unmeasurable, match=error), probe._temporary(tmp_path / "gone", torch.bfloat16):
+    monkeypatch.setattr(sample.psutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(sample.Unmeasurable, match=error), sample.temporary(tmp_path / "gone", torch.bfloat16):
         pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux has /dev/shm")
 def test_a_folder_in_memory():
-    assert probe.in_memory(Path("/dev/shm"))
-    assert not probe.in_memory(Path("/usr"))
+    assert sample.in_memory(Path("/dev/shm"))
+    assert not sample.in_memory(Path("/usr"))

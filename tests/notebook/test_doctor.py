@@ -247,12 +247,12 @@ def test_each_family_is_computed_exactly_or_the_doctor_says_what_can(tmp_path):
 
 
 def test_a_fault_of_ours_is_a_finding_too(chat, monkeypatch):
-    from airllm_nb.engine import plan
+    from airllm_nb.engine import planning
 
     def fail(*_, **__):
         raise RuntimeError("one\n  two")
 
-    monkeypatch.setattr(plan, "build", fail)
+    monkeypatch.setattr(planning, "build", fail)
     answer, model = ask(chat)
     assert "cannot run here: RuntimeError: one two → This is a fault of airllm_nb: please report it" in answer
     assert "✗ weights RuntimeError: one two" in model

@@ -202,12 +202,12 @@ def test_an_interrupt_while_freeing_takes_effect_right_after(chatting):
 
 
 def test_an_interrupt_while_checking_keeps_the_model(chatting, chat, monkeypatch):
-    from airllm_nb.engine import plan
+    from airllm_nb.engine import planning
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "choose", stop)
+    monkeypatch.setattr(planning, "choose", stop)
     with pytest.raises(Interrupted, match=f"stopped; {chat.name} is loaded"):
         chatting.load(str(chat))
     assert chatting.loaded
