@@ -19,7 +19,7 @@ from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine.checkpoint import FileState, TensorEntry
 from airllm_nb.engine.reader import CHUNK, changed
 from airllm_nb.engine.sharing import shareable
-from airllm_nb.engine.weights import GroupReader, WeightGroup
+from airllm_nb.engine.weights import GroupReader, WeightGroup, as_bytes
 from airllm_nb.errors import CheckpointError
 
 POPULATE_READ = 22 if sys.platform == "linux" else None
@@ -76,7 +76,7 @@ class SharingReader(GroupReader):
     def _bring_in(self, first: TensorEntry, mapping: mmap.mmap, start: int, end: int) -> int:
         """Read a file's mapped part through, at the disk's rate (page faults would not be), and enter it into the page table."""
         missed = 0
-        staging = memoryview(self._staging_buffer().numpy())  # type: ignore[arg-type]  # an array is a buffer
+        staging = as_bytes(torch.empty(CHUNK, dtype=torch.uint8, device="cpu"))
         for offset in range(start, end, CHUNK):
             size = min(CHUNK, end - offset)
             missed += self._reader.read(first.file, offset, staging[:size], keep_cached=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,12 @@ from torch import nn
 from airllm_nb.compat.keys import Recipe, Tensors
 from airllm_nb.engine.away import Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
-from airllm_nb.engine.reader import CHUNK, Reader
+from airllm_nb.engine.conversion import Converter, convert
+from airllm_nb.engine.reader import Reader
 
 ALIGN = 64  # bytes: a cache line, and the widest vector register
-SERIAL = 32_767  # elements: up to here PyTorch copies on the calling thread alone
+SMALL = 1 << 20
+"""Bytes that are not worth another thread's work: norms, biases, rows of an embedding."""
 
 
 class Place(NamedTuple):
@@ -152,7 +155,7 @@ class GroupReader:
     def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
         self._checkpoint = checkpoint
         self._reader = reader
-        self._staging = threading.local()
+        self._of_thread = threading.local()
 
     def load(self, group: WeightGroup, device: torch.device) -> bool:
         """Bring a group's weights in, to stay, and attach them; True if any of it had to come from the disk."""
@@ -171,20 +174,21 @@ class GroupReader:
         """
         views = group.views(buffer)
         missed = 0
-        for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
-            if recipe.convert is None or recipe.joined:
-                (target,) = recipe.targets
-                entries = [self._checkpoint[source] for source in recipe.sources]
-                missed += self.read(entries, views[target], keep_cached=keep_cached)
-                continue
-            dtype = views[next(iter(recipe.targets))].dtype
-            tensors = {}
-            for source in recipe.sources:
-                entry = self._checkpoint[source]
-                tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
-                missed += self._read(entry, tensors[source], keep_cached=keep_cached)
-            for target, tensor in recipe.convert(tensors).items():
-                views[target].copy_(tensor)
+        with self._converted():
+            for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
+                if recipe.convert is None or recipe.joined:
+                    (target,) = recipe.targets
+                    entries = [self._checkpoint[source] for source in recipe.sources]
+                    missed += self._read(entries, views[target], keep_cached=keep_cached)
+                    continue
+                dtype = views[next(iter(recipe.targets))].dtype
+                tensors = {}
+                for source in recipe.sources:
+                    entry = self._checkpoint[source]
+                    tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
+                    missed += self.read([entry], tensors[source], keep_cached=keep_cached)
+                for target, tensor in recipe.convert(tensors).items():
+                    views[target].copy_(tensor)
         return missed > 0
 
     def _position(self, recipe: Recipe) -> tuple[Path, int]:
@@ -196,42 +200,53 @@ class GroupReader:
         entry = self._checkpoint[group.recipes[0].sources[0]]
         size = entry.nbytes // entry.shape[0]
         rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
-        self._read(rows, into, keep_cached=True)  # a few kB each, and the common ones come again
+        self.read([rows], into, keep_cached=True)  # a few kB each, and the common ones come again
 
     def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
         """Read tensors into a contiguous one, one after the other; returns the bytes that the page cache did not hold."""
+        with self._converted():
+            return self._read(entries, into, keep_cached=keep_cached)
+
+    def _read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
+        """Read tensors, of which some may still be converted until `_converted` ends."""
         flat, begin, missed = into.view(-1), 0, 0
         for entry in entries:
             end = begin + math.prod(entry.shape)
-            missed += self._read(entry, flat[begin:end], keep_cached=keep_cached)
+            if entry.dtype == into.dtype:
+                missed += self._reader.read(entry.file, entry.offset, as_bytes(flat[begin:end]), keep_cached=keep_cached)
+            else:
+                missed += self._read_and_convert(entry, flat[begin:end], keep_cached=keep_cached)
             begin = end
         return missed
 
-    def _read(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
-        """Read one tensor; returns the bytes that the page cache did not hold."""
-        if entry.dtype == into.dtype:
-            return self._reader.read(entry.file, entry.offset, _bytes(into), keep_cached=keep_cached)
+    def _read_and_convert(self, entry: TensorEntry, flat: torch.Tensor, *, keep_cached: bool) -> int:
+        if entry.nbytes <= SMALL:
+            part = torch.empty(flat.shape, dtype=entry.dtype, device="cpu")
+            missed = self._reader.read(entry.file, entry.offset, as_bytes(part), keep_cached=keep_cached)
+            convert(part, flat)
+            return missed
+        if not hasattr(self._of_thread, "converter"):
+            self._of_thread.converter = Converter()
+        converter: Converter = self._of_thread.converter
         missed = done = 0
-        flat = into.view(-1)
-        staging = self._staging_buffer()
         while done < flat.numel():
-            part = staging.view(entry.dtype)[: flat.numel() - done]
+            part = converter.buffer().view(entry.dtype)[: flat.numel() - done]
             start = entry.offset + done * entry.dtype.itemsize
-            missed += self._reader.read(entry.file, start, _bytes(part), keep_cached=keep_cached)
-            # In pieces that PyTorch converts on this thread: more threads would take cores from the layer that computes.
-            for begin in range(0, part.numel(), SERIAL):
-                piece = part[begin : begin + SERIAL]
-                flat[done + begin : done + begin + piece.numel()].copy_(piece)
+            missed += self._reader.read(entry.file, start, as_bytes(part), keep_cached=keep_cached)
+            converter.convert(part, flat[done : done + part.numel()])
             done += part.numel()
         return missed
 
-    def _staging_buffer(self) -> torch.Tensor:
-        if not hasattr(self._staging, "buffer"):
-            self._staging.buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
-        buffer: torch.Tensor = self._staging.buffer
-        return buffer
+    @contextlib.contextmanager
+    def _converted(self) -> Iterator[None]:
+        """Wait at the end, whatever happens, for what this thread reads to be converted."""
+        try:
+            yield
+        finally:
+            if hasattr(self._of_thread, "converter"):
+                self._of_thread.converter.finish()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous CPU tensor's own memory, writable."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
