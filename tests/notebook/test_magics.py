@@ -123,6 +123,7 @@ def test_stopping_a_process_that_works_for_a_cell(capsys):
     code = """
 import os, signal, time
 print(os.getpid(), flush=True)
+time.sleep(0.5)
 os.kill(os.getppid(), signal.SIGINT)
 time.sleep(60)
 """
