@@ -152,8 +152,16 @@ def limited(nbytes: int | None) -> Iterator[Callable[[], None]]:
     try:
         yield enter
     finally:
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup; after an interrupt, the killed process may be in it for a moment."""
+    for _ in range(30):
         with contextlib.suppress(OSError):
             group.rmdir()
+            return
+        time.sleep(0.1)
 
 
 def anonymous() -> int:

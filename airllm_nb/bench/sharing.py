@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from airllm_nb import LayeredModel
+from airllm_nb import LayeredModel, plan
 from airllm_nb.bench.timing import generate
 
 Occupied = dict[str, int]
@@ -70,9 +70,10 @@ def _occupied(folder: Path) -> Occupied:
 
 
 def main(folder: str, dtype: str) -> None:
-    """Be one of the processes. What was its own before it loaded is no part of the weights."""
+    """Be one of the processes. What was its own before it loaded, such as imported code, is no part of the weights."""
     torch.nn.functional.linear(torch.ones(32, 64), torch.ones(64, 64))  # what PyTorch sets up once
     path = Path(folder).resolve()
+    plan(path, device="cpu", dtype=dtype, memory="1000TB")  # imports the model's code
     before = _occupied(path)["own"]
     with LayeredModel.from_pretrained(path, device="cpu", dtype=dtype, memory="1000TB", shared="insist") as model:
         generate(model, 1)
