@@ -80,14 +80,25 @@ def _lines(path: str) -> list[str]:
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint that hold weights."""
+    """Return the files of a checkpoint that hold weights; it may be one file itself."""
+    if folder.is_file():
+        return [folder]
     return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
 
 
 def evict(folder: Path) -> None:
-    """Drop a checkpoint's files from the page cache, so that the next read comes from the disk."""
+    """Drop a checkpoint's files from the page cache, so that the next read comes from the disk.
+
+    Raises
+    ------
+    BenchError
+        If this system cannot: only Linux can.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise BenchError("Files cannot be dropped from the page cache here.", "Run it on Linux.")
     for path in weights(folder):
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet is not dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -141,13 +152,16 @@ def limited(nbytes: int | None) -> Iterator[Callable[[], None]]:
     try:
         yield enter
     finally:
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup; after an interrupt, the killed process may be in it for a moment."""
+    for _ in range(30):
         with contextlib.suppress(OSError):
             group.rmdir()
-
-
-def read_bytes() -> int:
-    """Return how many bytes this process has made the disk deliver."""
-    return next((int(line.split()[1]) for line in _lines("/proc/self/io") if line.startswith("read_bytes")), 0)
+            return
+        time.sleep(0.1)
 
 
 def anonymous() -> int:

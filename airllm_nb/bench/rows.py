@@ -2,82 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from airllm_nb.bench import checkpoint, machine
-from airllm_nb.bench.machine import BenchError
+from airllm_nb.bench import machine
+from airllm_nb.bench.processes import Bench, KilledError
 
-WHOLE = 0.95
-"""Share of its planned bytes that a pass must have read from the disk: below it the page cache helped, and the row is invalid."""
 SPARE = 300_000_000
 """Bytes beside the weights that a process may need: row e's limit, after what the imports took."""
+SMALL = 10**9
+"""A checkpoint of fewer bytes is not measured under a limit: imports alone would fill it."""
+SHARES = (0.75, 0.6, 0.45)
+"""Of the limit, what transformers' disk offload may keep of the model: the best of those that survive counts."""
+KERNELS = 4
+"""Processes that share one checkpoint in row k."""
+REPEATED = 64
+"""Tokens of a text that repeats its prompt."""
 Found = tuple[float, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Bench:
-    """How to measure.
-
-    Attributes
-    ----------
-    root : Path
-        Where the checkpoints are, or are made.
-    tokens : int
-        Tokens that count, of each run.
-    shape : str, optional
-        One of `checkpoint.SHAPES`, instead of each row's own.
-    """
-
-    root: Path
-    tokens: int = 5
-    shape: str | None = None
-
-    def folder(self, shape: str) -> Path:
-        """Return the folder of a checkpoint, made if it is not there."""
-        name = self.shape or shape
-        return checkpoint.make(self.root / name, checkpoint.SHAPES[name])
-
-    def side(self, name: str, folder: Path, limit: int | None = None, **options: Any) -> dict[str, Any]:
-        """Run one of `sides` from a cold page cache, in a process of its own, under a memory limit in bytes."""
-        machine.require_quiet()
-        machine.evict(folder)
-        command = [sys.executable, "-m", "airllm_nb.bench.sides", name, json.dumps({"folder": str(folder), **options})]
-        with machine.limited(limit) as enter:
-            # The limit has to be there before the process begins, and a cgroup is entered by the process itself.
-            done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=enter)
-        if done.returncode:
-            why = "was killed for want of memory" if done.returncode < 0 else f"failed:\n{done.stderr.strip()[-2000:]}"
-            raise BenchError(f"The side {name!r} {why}", "See above for the cause; the other rows do not need this one.")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
-
-    def streams(self, folder: Path, limit: int | None, **options: Any) -> dict[str, Any]:
-        """Run the side that streams, and refuse a result to which the page cache has helped."""
-        found = self.side("streams", folder, limit, tokens=self.tokens, **options)
-        if median(found["read"]) < WHOLE * found["streamed"]:
-            share = median(found["read"]) / found["streamed"]
-            raise BenchError(
-                f"Only {share:.0%} of the planned bytes came from the disk.", "Run it under a memory limit: as root."
-            )
-        return found
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of the table: `goal` is the largest (or, if `most`, the smallest) ratio that is wanted."""
+    """One line of the table: `goal` is the largest (or, if `most`, the smallest) value that is wanted."""
 
     name: str
     what: str
     goal: float
     measure: Callable[[Bench], Found]
     most: bool = False
+    unit: str = "ratio"
 
     def reached(self, value: float) -> bool:
         """Tell whether a value is as good as the goal."""
@@ -96,9 +53,45 @@ def _cold(bench: Bench) -> Found:
 
 
 def _half(bench: Bench) -> Found:
-    folder = bench.folder("3b")
-    found = bench.streams(folder, _nbytes(folder) // 2, dtype="bfloat16")
+    found = _twice_the_limit(bench)
     return median(found["read"]) / median(found["seconds"]) / found["rate"], found
+
+
+def _twice_the_limit(bench: Bench) -> dict[str, Any]:
+    folder = bench.folder("3b")
+    limit = _limit(folder, 1 / 2)
+    return bench.streams(folder, limit, dtype="bfloat16", memory="auto" if limit else "least")
+
+
+def _over_llama_cpp(bench: Bench) -> Found:
+    return _over(bench, lambda folder, limit: bench.peer("llama.cpp", folder, limit))
+
+
+def _over_transformers(bench: Bench) -> Found:
+    def attempt(share: float, folder: Path, limit: int | None) -> dict[str, Any] | None:
+        with contextlib.suppress(KilledError):
+            return bench.peer("transformers", folder, limit, memory=int(share * (limit or _nbytes(folder) / 2)))
+        return None
+
+    def best(folder: Path, limit: int | None) -> dict[str, Any]:
+        found = [one for share in SHARES if (one := attempt(share, folder, limit))]
+        if not found:
+            raise KilledError("transformers is killed for want of memory with every setting.", "Leave this row out.")
+        return min(found, key=lambda one: median(one["seconds"]))
+
+    return _over(bench, best)
+
+
+def _over_airllm(bench: Bench) -> Found:
+    return _over(bench, lambda folder, limit: bench.peer("AirLLM", folder, limit))
+
+
+def _over(bench: Bench, measure: Callable[[Path, int | None], dict[str, Any]]) -> Found:
+    """Measure the peer first: a peer that is not there costs nothing then."""
+    folder = bench.folder("3b")
+    peer = measure(folder, _limit(folder, 1 / 2))
+    ours = _twice_the_limit(bench)
+    return median(ours["seconds"]) / median(peer["seconds"]), {"ours": ours, "peer": peer}
 
 
 def _peak(bench: Bench) -> Found:
@@ -112,23 +105,67 @@ def _peak(bench: Bench) -> Found:
 
 def _wide(bench: Bench) -> Found:
     folder = bench.folder("1b")
-    narrow, wide = (bench.streams(folder, _tight(folder), dtype=dtype, memory="least") for dtype in ("bfloat16", "float32"))
+    limit = _limit(folder, 2 / 3)
+    narrow, wide = (bench.streams(folder, limit, dtype=dtype, memory="least") for dtype in ("bfloat16", "float32"))
     return median(wide["seconds"]) / median(narrow["seconds"]), {"bfloat16": narrow, "float32": wide}
+
+
+def _display(bench: Bench) -> Found:
+    found = bench.side("display", bench.folder("1b"), dtype="bfloat16", tokens=bench.tokens, rounds=8)
+    on, off = median(found["on"]), median(found["off"])
+    return on / off, {"on": on, "off": off}
 
 
 def _batch(bench: Bench) -> Found:
     folder = bench.folder("1b")
-    one, many = (bench.streams(folder, _tight(folder), dtype="bfloat16", memory="least", batch=batch) for batch in (1, 16))
+    limit = _limit(folder, 2 / 3)
+    one, many = (bench.streams(folder, limit, dtype="bfloat16", memory="least", batch=batch) for batch in (1, 16))
     return median(many["seconds"]) / median(one["seconds"]), {"1": one, "16": many}
+
+
+def _guesses(bench: Bench) -> Found:
+    if bench.shape:
+        folder = bench.folder(bench.shape)
+    else:  # random weights repeat nothing
+        from airllm_nb.demo import demo_path
+
+        folder = demo_path()
+    found = bench.side("guesses", folder, tokens=REPEATED)
+    return min(way["tokens per pass"] for dtype in found.values() for way in dtype.values()), found
+
+
+def _kernels(bench: Bench) -> Found:
+    found = bench.side("fits", bench.folder("3b"), dtype="bfloat16", tokens=bench.tokens, rounds=3, kernels="measured")
+    plain, ours = median(found["plain"]), median(found["ours"])
+    return ours / plain, {"plain": plain, "ours": ours, "kernels": found["kernels"]}
+
+
+def _sharing(bench: Bench) -> Found:
+    found = bench.side("sharing", bench.folder("1b"), dtype="bfloat16", processes=KERNELS)
+    one, all_of_them = (sum(found[key].values()) for key in ("one", "all"))
+    return all_of_them / one, found
+
+
+def _prediction(bench: Bench) -> Found:
+    half = bench.folder("3b")
+    limit = _limit(half, 1 / 2)
+    cases = {
+        "resident": bench.side("predicted", bench.folder("1b"), dtype="bfloat16", memory="1000TB", tokens=bench.tokens),
+        "streaming": bench.side(
+            "predicted", half, limit, dtype="bfloat16", memory="auto" if limit else "least", tokens=bench.tokens
+        ),
+    }
+    ratios = [case["predicted"] / case["measured"] for case in cases.values()]
+    return max(max(ratio, 1 / ratio) for ratio in ratios), cases
 
 
 def _nbytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in machine.weights(folder))
 
 
-def _tight(folder: Path) -> int | None:
-    """Return a limit under which the page cache cannot hold the checkpoint; none for one that is too small to matter."""
-    return max(_nbytes(folder) * 2 // 3, 10**9) if _nbytes(folder) > 10**9 else None
+def _limit(folder: Path, share: float) -> int | None:
+    """Return that share of a checkpoint as a memory limit, in which imports have room too; None for one that is `SMALL`."""
+    return max(int(_nbytes(folder) * share), SMALL) if _nbytes(folder) > SMALL else None
 
 
 ROWS = {
@@ -137,8 +174,21 @@ ROWS = {
         Row("a", "fits in memory: seconds per token over plain transformers", 1.03, _fits),
         Row("b", "first token from a cold disk, over bytes / disk rate + compute", 1.15, _cold),
         Row("c", "twice the memory limit: bytes streamed per second over the disk's rate", 0.95, _half, most=True),
+        Row("d-llama.cpp", "twice the memory limit: seconds per token over llama.cpp f16, mmap", 0.45, _over_llama_cpp),
+        Row("d-transformers", "the same over transformers' disk offload", 0.42, _over_transformers),
+        Row("d-airllm", "the same over AirLLM", 0.17, _over_airllm),
         Row("e", "peak memory of the least budget over that budget", 1.1, _peak),
         Row("f", "float32 from a bfloat16 checkpoint that streams, over bfloat16", 1.1, _wide),
+        Row("g", "display on over off, in a kernel: seconds per token", 1.01, _display),
         Row("h", "16 prompts at once, streaming: seconds per pass over one", 1.5, _batch),
+        Row("i", "prompt lookup and a draft model, streaming: tokens per pass", 2, _guesses, most=True, unit="tokens per pass"),
+        Row("j", "one row, bfloat16, measured kernels: seconds per token over plain transformers", 0.75, _kernels),
+        Row("k", f"{KERNELS} kernels that share a checkpoint: memory of the weights over one kernel's", 1.1, _sharing),
+        Row("p", "seconds per token predicted over measured, or the inverse", 1.3, _prediction),
     )
 }
+
+
+def named(name: str) -> list[Row]:
+    """Return the rows that a name stands for: its own, or ``d`` for all whose names begin with ``d-``."""
+    return [row for row in ROWS.values() if name in (row.name, row.name.partition("-")[0])]

@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,16 +19,21 @@ import torch
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.bench import machine
-from airllm_nb.bench.timing import generate, plain
+from airllm_nb.bench.display import display
+from airllm_nb.bench.guesses import guesses
+from airllm_nb.bench.machine import BenchError
+from airllm_nb.bench.sharing import sharing
+from airllm_nb.bench.timing import generate, plain, read_bytes
+from airllm_nb.errors import AirLLMError
 from airllm_nb.events import PassEnd
 
 Seconds = list[float]
 
 
-def fits(folder: str, dtype: str, tokens: int, rounds: int) -> dict[str, Seconds]:
+def fits(folder: str, dtype: str, tokens: int, rounds: int, kernels: str = "exact") -> dict[str, Any]:
     """Generate with everything in memory, in turn: transformers itself, our engine, our engine with a listener."""
     model = plain(folder, dtype)
-    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB") as ours:
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB", kernels=kernels) as ours:
         found: dict[str, Seconds] = {"plain": [], "ours": [], "listening": []}
         for _ in range(rounds + 1):
             found["plain"] += generate(model, tokens)
@@ -35,17 +41,18 @@ def fits(folder: str, dtype: str, tokens: int, rounds: int) -> dict[str, Seconds
             ours.progress = lambda _: None
             found["listening"] += generate(ours, tokens)
             ours.progress = None
-    return {name: seconds[tokens:] for name, seconds in found.items()}  # the first round warms up
+        counted = {name: seconds[tokens:] for name, seconds in found.items()}  # the first round warms up
+        return {**counted, "kernels": ours.plan.kernels}
 
 
 def cold(folder: str, dtype: str) -> dict[str, float]:
     """Load and generate one token, from files that are not in the page cache; then the same token from memory."""
     rate = machine.sequential_rate(Path(folder))
-    read, begin = machine.read_bytes(), time.perf_counter()
+    read, begin = read_bytes(), time.perf_counter()
     with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB") as ours:
         generate(ours, 0)
         first = time.perf_counter() - begin
-        read = machine.read_bytes() - read
+        read = read_bytes() - read
         passes = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -60,15 +67,14 @@ def streams(folder: str, dtype: str, tokens: int, memory: str | int = "auto", ba
 
     `memory` may also be ``"least"``.
     """
-    if memory == "least":
-        memory = plan(folder, device="cpu", dtype=dtype, memory="1000TB").least
+    memory = _budget(folder, dtype, memory)
     rate = machine.sequential_rate(Path(folder))
     with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory) as ours:
         reads: list[int] = []
 
         def note(event: Any) -> None:
             if isinstance(event, PassEnd):
-                reads.append(machine.read_bytes())
+                reads.append(read_bytes())
 
         ours.progress = note
         seconds = generate(ours, tokens, batch, **options)
@@ -108,7 +114,34 @@ def peak(folder: str, dtype: str, tokens: int, prompt: int = 32) -> dict[str, in
     return {"peak": most - before, "least": planned.least, "before": before}
 
 
-SIDES = {side.__name__: side for side in (fits, cold, streams, peak)}
+def predicted(folder: str, dtype: str, memory: str | int, tokens: int) -> dict[str, Any]:
+    """Predict the seconds per token from headers and a probe, then load and measure them; `memory` may also be ``"least"``."""
+    memory = _budget(folder, dtype, memory)
+    prediction = plan(folder, device="cpu", dtype=dtype, memory=memory).predict()
+    if prediction is None or prediction.seconds is None:
+        raise BenchError(f"Nothing is predicted here: {prediction}.", "See %airllm plan for what it predicts.")
+    machine.evict(Path(folder))
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory) as ours:
+        measured = median(generate(ours, 1 + tokens)[1:])  # the first one warms up
+        resident = sum(layer.resident for layer in ours.layers)
+    return {"predicted": prediction.seconds, "measured": measured, "words": str(prediction), "resident": resident}
+
+
+def _budget(folder: str, dtype: str, memory: str | int) -> str | int:
+    return plan(folder, device="cpu", dtype=dtype, memory="1000TB").least if memory == "least" else memory
+
+
+def main(name: str, options: str) -> Any:
+    """Run a side; a failure that has a cause and a remedy is an answer too."""
+    try:
+        return SIDES[name](**json.loads(options))
+    except AirLLMError as error:
+        return {"error": [error.cause, error.remedy]}
+
+
+SIDES: dict[str, Callable[..., Any]] = {
+    side.__name__: side for side in (fits, cold, streams, peak, display, guesses, sharing, predicted)
+}
 
 if __name__ == "__main__":
-    print(json.dumps(SIDES[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print(json.dumps(main(*sys.argv[1:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -11,6 +12,7 @@ from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
 from airllm_nb.notebook import options
+from airllm_nb.notebook.children import run_printing
 from airllm_nb.notebook.complete import complete
 from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.session import Session
@@ -123,6 +125,12 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb.notebook import doctor
 
         print(doctor.text(**self._model_options(arguments)))
+
+    def _bench(self, arguments: argparse.Namespace) -> None:
+        options = vars(arguments)
+        rows = options.pop("rows")
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        run_printing([sys.executable, "-m", "airllm_nb.bench", *words, "--", *rows])
 
     def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
         return {

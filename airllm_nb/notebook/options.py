@@ -86,6 +86,17 @@ def _cell_parser() -> Parser:
     return parser
 
 
+def _bench_parser() -> Parser:
+    parser = Parser("%airllm bench", "Measure this machine, beside transformers and other peers: minutes to an hour.")
+    parser.add_argument("rows", metavar="ROW", nargs="*", help="a letter of the table, such as a or c; all if none is named")
+    parser.option("--shape", help="tiny, 1b or 3b for all rows, instead of each row's own")
+    parser.option("--root", metavar="FOLDER", help="where the checkpoints are made, up to 22 GB, and found again")
+    parser.option("--tokens", metavar="N", help="tokens that count, of each run (5)")
+    parser.option("--peers", metavar="PYTHON", help="the Python that has llama-cpp-python, accelerate and airllm")
+    parser.option("--json", metavar="FILE", help="also write what was found into this file")
+    return parser
+
+
 def _unescape(text: str) -> str:
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
@@ -103,15 +114,16 @@ VERBS: dict[str, Parser] = {
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
     "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
     "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; takes the same options.", nargs="?"),
+    "bench": _bench_parser(),
 }
 for _verb in ("load", "plan"):
     VERBS[_verb].option("--kernels", choices=("exact", "measured"), default="exact",
                         help="measured: one row by this CPU's fastest kernel; last bits are not transformers' own")  # fmt: skip
-MODEL = {"load": " MODEL", "plan": " MODEL", "doctor": " [MODEL]"}
+WORDS = {"load": " MODEL", "plan": " MODEL", "doctor": " [MODEL]", "bench": " [ROW ...]"}
 CELL = _cell_parser()
 
 SUMMARY = "Run a language model layer by layer; it need not fit in memory.\n\n" + "\n".join(
-    f"    {parser.prog + MODEL.get(name, ''):25}{parser.description}" for name, parser in [*VERBS.items(), ("", CELL)]
+    f"    {parser.prog + WORDS.get(name, ''):25}{parser.description}" for name, parser in [*VERBS.items(), ("", CELL)]
 )
 HELP = "\n\n".join(
     [

@@ -1,11 +1,15 @@
 """The magics, through a real IPython shell and the real engine."""
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
 
 import pytest
+
+from airllm_nb.notebook.children import run_printing
+from airllm_nb.notebook.summary import Interrupted
 
 LOAD = "%airllm load {} --device cpu --dtype float32"
 
@@ -71,6 +75,7 @@ def test_help(shell):
             "devices",
             "plan",
             "doctor [MODEL]",
+            "bench [ROW ...]",
             "--memory",
             "--top-p",
             "--stop",
@@ -84,10 +89,11 @@ def test_help(shell):
     ("cell", "said"),
     [
         ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
-        ("%airllm xyzzy", "there are load, unload, status, devices, plan, doctor, and %%airllm for a prompt."),
+        ("%airllm xyzzy", "there are load, unload, status, devices, plan, doctor, bench, and %%airllm for a prompt."),
         ("%airllm load", "required: MODEL"),
         ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),
         ("%airllm load 'x", "a quotation mark is not closed"),
+        ("%airllm bench --loops 3", "unrecognized arguments: --loops"),
         ("%airllm status now", "unrecognized arguments: now"),
         ("%airllm load /no/such/folder", "/no/such/folder"),
         ("%%airllm --max-new-tokens many\nHi", "invalid int value: 'many'"),
@@ -100,6 +106,31 @@ def test_help(shell):
 )
 def test_bad_lines_get_one_line(shell, cell, said):
     assert said in shell.fail(cell)
+
+
+def test_bench(shell, tmp_path):
+    """Row a is measured, or refused because other tests compute: a line of the table in either case."""
+    shown = shell.run(f"%airllm bench a --shape tiny --tokens 1 --root {tmp_path} --json {tmp_path}/found.json")
+    table = [line for line in shown.splitlines() if line.startswith("|")]
+    assert table[0] == "| row | measure | goal | measured |"
+    assert table[2].startswith("| a | fits in memory")
+    assert (tmp_path / "found.json").exists()
+    assert "there is no row 'z'" in shell.run("%airllm bench z")
+
+
+def test_stopping_a_process_that_works_for_a_cell(capsys):
+    """The interrupt comes while its output is awaited; afterwards it is gone."""
+    code = """
+import os, signal, time
+print(os.getpid(), flush=True)
+time.sleep(0.5)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
+    with pytest.raises(Interrupted, match="the rows above"):
+        run_printing([sys.executable, "-c", code])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(capsys.readouterr().out), 0)
 
 
 def test_sharing(shell, chat):

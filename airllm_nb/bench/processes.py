@@ -1,0 +1,101 @@
+"""Runs each side of a measurement in a process of its own, from a cold page cache, under a memory limit where one is wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from airllm_nb.bench import checkpoint, machine
+from airllm_nb.bench.machine import BenchError
+
+WHOLE = 0.95
+"""Share of its planned bytes that a pass must have read from the disk: below it the page cache helped, and the row is invalid."""
+PEERS = Path(__file__).with_name("peers.py")
+
+
+class KilledError(BenchError):
+    """A process did not survive its memory limit."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How to measure.
+
+    Attributes
+    ----------
+    root : Path
+        Where the checkpoints are, or are made.
+    tokens : int
+        Tokens that count, of each run.
+    shape : str, optional
+        One of `checkpoint.SHAPES`, instead of each row's own.
+    peers : str
+        The Python that has the peers' packages.
+    """
+
+    root: Path
+    tokens: int = 5
+    shape: str | None = None
+    peers: str = sys.executable
+
+    def folder(self, shape: str) -> Path:
+        """Return the folder of a checkpoint, made if it is not there."""
+        name = self.shape or shape
+        return checkpoint.make(self.root / name, checkpoint.SHAPES[name])
+
+    def side(self, name: str, folder: Path, limit: int | None = None, **options: Any) -> dict[str, Any]:
+        """Run one of `sides`, under a memory limit in bytes."""
+        machine.require_quiet()
+        machine.evict(folder)
+        command = [sys.executable, "-m", "airllm_nb.bench.sides", name, json.dumps({"folder": str(folder), **options})]
+        return _run(f"side {name!r}", command, limit)
+
+    def streams(self, folder: Path, limit: int | None, **options: Any) -> dict[str, Any]:
+        """Run the side that streams, and refuse a result to which the page cache has helped."""
+        found = self.side("streams", folder, limit, tokens=self.tokens, **options)
+        if median(found["read"]) < WHOLE * found["streamed"]:
+            share = median(found["read"]) / found["streamed"]
+            raise BenchError(
+                f"Only {share:.0%} of the planned bytes came from the disk.", "Run it under a memory limit: as root."
+            )
+        return found
+
+    def peer(self, name: str, folder: Path, limit: int | None, **options: Any) -> dict[str, Any]:
+        """Run one of the peers; the files that it wants of its own are written before, without a limit."""
+        foreign = self.peers != sys.executable
+        environment = {key: value for key, value in os.environ.items() if not (foreign and key == "PYTHONPATH")}
+
+        def step(step: str, limit: int | None, **options: Any) -> dict[str, Any]:
+            command = [self.peers, str(PEERS), step, name, json.dumps({"folder": str(folder), **options})]
+            return _run(name, command, limit, environment)
+
+        path = step("prepare", None)["path"]
+        machine.require_quiet()
+        machine.evict(folder)
+        machine.evict(Path(path))
+        return step("measure", limit, path=path, tokens=self.tokens, **options)
+
+
+def _run(name: str, command: Sequence[str], limit: int | None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run a process and return what it prints as its last line."""
+    with machine.limited(limit) as enter:
+        # The limit has to be there before the process begins, and a cgroup is entered by the process itself.
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=enter)
+        except OSError as error:
+            raise BenchError(f"{command[0]} cannot be run ({error.strerror}).", "Name a Python that has the peers.") from error
+    if done.returncode < 0:
+        raise KilledError(f"The {name} was killed for want of memory.", "The other rows do not need this one.")
+    if done.returncode:
+        raise BenchError(f"The {name} failed:\n{done.stderr.strip()[-2000:]}", "The other rows do not need this one.")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise BenchError(*found["error"])
+    return found
