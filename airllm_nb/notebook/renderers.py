@@ -49,7 +49,7 @@ class WidgetRenderer:
 
 
 class TextRenderer:
-    """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; it goes away when text begins. A note comes last."""
+    """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; gone when text begins. A note comes last."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
