@@ -5,6 +5,8 @@ A listener is any ``callable(event)``. It is called synchronously, so it should 
     Fetching* LoadBegin (LayerRead LayerReady)* LoadEnd
     (PassBegin (ComputeBegin ComputeEnd)* PassEnd)*
 
+``MemoryShort`` may come before any ``PassBegin`` or, where layers stream, ``ComputeBegin``.
+
 For a layer that streams, ``LayerRead`` and ``LayerReady`` arrive from the engine's *reading thread*, ahead of the layer's
 ``ComputeBegin`` and possibly in another pass (read-ahead wraps from the last layer to the first one of the next token).
 All other events come from the thread that called the model. Sizes are bytes; durations are seconds; ``at`` is
@@ -96,6 +98,17 @@ class PassEnd(Event):
     tokens: int
     seconds: float
     completed: bool
+
+
+@dataclass(frozen=True)
+class MemoryShort(Event):
+    """The system has little memory left, and the engine has made room as far as it can.
+
+    ``layers`` are all decoder layers as they are from now on: some that stayed may stream. ``text`` says it in words for people.
+    """
+
+    layers: tuple[LayerInfo, ...]
+    text: str
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from airllm_nb.engine import rows
 from airllm_nb.engine.expert_stacks import ExpertStack
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.plan import ExpertsPlan, Plan
+from airllm_nb.engine.pressure import Watch
+from airllm_nb.engine.release import Release
 from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.slots import Slot, make_slots
@@ -68,13 +70,15 @@ def load_weights(
             streams.append(store := _experts(groups, plan.experts, stacks, plan.device))
             store.start()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
+        layer_groups = [layer.group for layer in skeleton.layers]
+        stream = functools.partial(groups.fill, keep_cached=False)
+
+        def read(index: int, slot: Slot) -> None:
+            telling(plan.layers[index], stream, layer_groups[index], slot.host)
+
+        if plan.device.type == "cpu":
+            runtime.watch, runtime.release = Watch(skeleton.layers, plan), Release(skeleton.layers, read, streams)
         if streamed:
-            layer_groups = [layer.group for layer in skeleton.layers]
-            stream = functools.partial(groups.fill, keep_cached=False)
-
-            def read(index: int, slot: Slot) -> None:
-                telling(plan.layers[index], stream, layer_groups[index], slot.host)
-
             runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
             streams.append(runtime.stream)
             runtime.stream.start()

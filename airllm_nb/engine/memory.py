@@ -13,11 +13,13 @@ import torch
 from airllm_nb.engine import cgroups
 from airllm_nb.errors import MemoryBudgetError
 
+ACTIVATIONS = 200_000_000
+"""Bytes kept free for activations and what else Python needs; the KV cache is estimated apart from it."""
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
-CGROUP_FILES = {  # by version: the limit, what is used, and the name of the file pages in memory.stat
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+CGROUP_FILES = {  # by version: the limit, what is used; in memory.stat: file pages not in use and in use, and those mapped
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
+    2: ("memory.max", "memory.current", "inactive_file", "active_file", "file_mapped"),
 }
 
 
@@ -73,12 +75,13 @@ def limits(*, mapped: bool = False) -> dict[str, int]:
     """
     left = {"available memory": psutil.virtual_memory().available}
     for version, folder in cgroups.groups("memory"):
-        limit, usage, cache = CGROUP_FILES[version]
+        limit, usage, *names = CGROUP_FILES[version]
         allowed, used = cgroups.numbers(folder / limit, folder / usage)
         if allowed is not None and allowed < UNLIMITED:
-            # File pages count as used but are given back on demand.
-            stat = folder / "memory.stat"
-            held = (used or 0) - _stat(stat, cache) - mapped * _stat(stat, cache.replace("inactive", "active"))
+            # File pages count as used but are given back on demand, also those that were read twice (active); but programs and
+            # libraries are mapped, and without them nothing runs well.
+            inactive, active, in_maps = (_stat(folder / "memory.stat", name) for name in names)
+            held = (used or 0) - inactive - (active if mapped else max(active - in_maps, 0))
             left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - held, 0))
     with contextlib.suppress(MemoryBudgetError):  # set by JupyterHub's spawners, in bytes; 0 or nothing is no limit
         limit_size = parse_size(os.environ.get("MEM_LIMIT", ""))

@@ -34,9 +34,7 @@ from airllm_nb.events import LayerInfo, Listener
 __all__ = ["LayeredModel", "plan"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
-OWN = frozenset(
-    ("_hf", "_runtime", "_reader", "_skeleton", "_plan", "_path", "_trust", "_tokenizer", "_streams", "_free", "progress")
-)
+OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_path", "_trust", "_tokenizer", "_streams", "_free", "progress"))
 
 
 class LayeredModel:
@@ -62,11 +60,10 @@ class LayeredModel:
     def __init__(self, skeleton: Skeleton, reader: Reader, plan: Plan, path: Path, *, trust_remote_code: bool) -> None:
         self._skeleton = skeleton
         self._reader = reader
-        self._plan = plan
         self._path = path
         self._trust = trust_remote_code
         self._tokenizer: Any = None
-        self._runtime = Runtime(skeleton.layers, plan.layers)
+        self._runtime = Runtime(skeleton.layers, plan)
         groups = (skeleton.always, *filter(None, (skeleton.embedding,)), *(layer.group for layer in skeleton.layers))
         self._streams: list[WeightStream | ExpertStore] = []
         self._free = weakref.finalize(self, _release, self._streams, groups, reader)
@@ -164,7 +161,7 @@ class LayeredModel:
         longrope.refuse_padded_growth(self.config, kwargs.get("attention_mask"), (prompt or 0) + new)
         if isinstance(assistant := kwargs.get("assistant_model"), LayeredModel):
             kwargs["assistant_model"] = assistant._hf  # noqa: SLF001  # transformers inspects and copies it
-        if (self._streams or self._plan.by_rows) and hasattr(self._hf.generation_config, "disable_compile"):
+        if (self._streams or self.plan.by_rows) and hasattr(self._hf.generation_config, "disable_compile"):
             kwargs.setdefault("disable_compile", True)  # weights that come and go break the graph
         with self._runtime.lock:
             self._runtime.keeps_cache = kwargs.get("past_key_values") is not None
@@ -228,27 +225,27 @@ class LayeredModel:
     @property
     def name(self) -> str:
         """Short name of the model."""
-        return self._plan.name
+        return self.plan.name
 
     @property
     def plan(self) -> Plan:
-        """Sizes, and what stays and what streams."""
-        return self._plan
+        """Sizes, and what stays and what streams; another one when memory became short, see `airllm_nb.engine.pressure`."""
+        return self._runtime.plan
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
         """The decoder layers in the order of computation."""
-        return self._plan.layers
+        return self.plan.layers
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self._plan.device
+        return self.plan.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return self._plan.dtype
+        return self.plan.dtype
 
     @property
     def path(self) -> Path:

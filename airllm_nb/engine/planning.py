@@ -17,7 +17,7 @@ from airllm_nb.engine import memory as room
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.expert_stacks import ExpertStack
-from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.memory import ACTIVATIONS, format_size
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.prediction import work_of
 from airllm_nb.engine.residency import decide_with_experts, least_budget
@@ -27,8 +27,6 @@ from airllm_nb.engine.threads import compute_threads
 from airllm_nb.errors import MemoryBudgetError, UnsupportedError
 from airllm_nb.events import Fetching, LayerInfo, Listener
 
-ACTIVATIONS = 200_000_000
-"""Bytes kept free for activations and what else Python needs; the KV cache is estimated apart from it."""
 CACHED_TOKENS = 2048
 """The length of a conversation that the estimate of the KV cache assumes, if the model's context is not shorter."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -104,6 +104,42 @@ def decide_with_experts(
     return replace(decision, by_rows=embedding > 0, experts=budget - used)
 
 
+def release(layers: Sequence[int], releasable: Sequence[bool], slots: Sequence[int], nbytes: int) -> tuple[list[int], list[int]]:
+    """Choose layers that stay and shall stream from now on, at even distances, to free `nbytes` bytes, or else as many as can be.
+
+    Parameters
+    ----------
+    layers : sequence of int
+        Bytes of each layer.
+    releasable : sequence of bool
+        For each layer whether it stays now and may stream.
+    slots : sequence of int
+        Sizes of the buffers that streaming recycles now. Where there are fewer than two, the memory of the largest layers that
+        are released goes on as such; otherwise layers that fit into none of them are not released.
+    nbytes : int
+        What is missing.
+
+    Returns
+    -------
+    list of int, list of int
+        The layers to release, and the sizes of the buffers that become of them; both are empty if it would free nothing.
+    """
+    largest = max(slots, default=None)
+    fit = [index for index, may in enumerate(releasable) if may and (largest is None or layers[index] <= largest)]
+    if not fit:
+        return [], []
+    sizes = [layers[index] for index in fit]
+    recycled = max(2 - len(slots), 0)
+    free = sum(sizes) - nbytes - sum(_largest(sizes, recycled))
+    released = [index for index, stays in zip(fit, _spread(sizes, max(free, 0)), strict=True) if not stays]
+    own = _largest([layers[index] for index in released], recycled)
+    return (released, own) if len(released) > len(own) else ([], [])
+
+
+def _largest(sizes: Sequence[int], count: int) -> list[int]:
+    return sorted(sizes)[max(len(sizes) - count, 0) :]
+
+
 def least_budget(always: int, layers: Sequence[int], lean: Sequence[int] = (), few: int = 0) -> int:
     """Return the smallest budget that works: what is always resident and the two largest layers, if possible without experts."""
     whole = always + sum(sorted(layers)[-2:])

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from airllm_nb.compat import cache
+from airllm_nb.engine.plan import Plan
+from airllm_nb.engine.pressure import Watch
+from airllm_nb.engine.release import Release
 from airllm_nb.engine.skeleton import Layer
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.errors import AirLLMError
-from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, PassBegin, PassEnd, Source
+from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, MemoryShort, PassBegin, PassEnd, Source
 
 T = TypeVar("T")
 UNLOADED = AirLLMError("This model was unloaded.", "Load it again.")
@@ -30,26 +34,27 @@ class Runtime:
     ----------
     layers : sequence of Layer
         The decoder layers.
-    infos : sequence of LayerInfo
-        The same layers, as events name them.
+    plan : Plan
+        Says which of them stay.
     """
 
-    def __init__(self, layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> None:
+    def __init__(self, layers: Sequence[Layer], plan: Plan) -> None:
         self.lock = threading.RLock()
+        self.plan = plan
         self.stream: WeightStream | None = None
+        self.watch: Watch | None = None
+        self.release: Release | None = None
         self.sources: dict[int, Source] = {}
         self.closed = False
         self.keeps_cache = True
         self.listener: Listener | None = None
         """Who is told of events; may be set at any time, also by a listener."""
-        self._streamed = [layer for layer, info in zip(layers, infos, strict=True) if not info.resident]
-        self._resident = [(layer, info) for layer, info in zip(layers, infos, strict=True) if info.resident]
-        self._telling: list[Any] = []
+        self._layers = [_LayerHooks(self, layer, info) for layer, info in zip(layers, plan.layers, strict=True)]
+        self._hooked: tuple[Plan, bool] | None = None
+        self._pending: tuple[Plan, MemoryShort] | None = None
         self._passes = 0
         self._running = False
-        for layer, info in zip(layers, infos, strict=True):
-            if not info.resident:
-                _hook(layer, _LayerHooks(self, layer, info))
+        self._hook_layers()
 
     def emit(self, event: Any) -> None:
         """Tell the listener, if there is one."""
@@ -71,7 +76,8 @@ class Runtime:
             if self.closed:
                 raise UNLOADED
             self.recover()
-            self._hook_resident_layers()
+            self.relieve()
+            self._hook_layers()
             index, self._passes = self._passes, self._passes + 1
             restore = cache.snapshot(past) if self.keeps_cache else None
             begin = time.perf_counter()
@@ -97,8 +103,9 @@ class Runtime:
     def recover(self) -> None:
         """Take back what an aborted pass has left attached, if it has."""
         if self.stream is not None and self.stream.in_use:
-            for layer in self._streamed:
-                layer.group.detach()
+            for hooks in self._layers:
+                if not hooks.info.resident:
+                    hooks.layer.group.detach()
             self.stream.reset()
 
     def before_layer(self) -> None:
@@ -108,22 +115,40 @@ class Runtime:
         if not self._running:
             self.recover()
 
+    def relieve(self) -> None:
+        """Let layers stream that stayed, if memory is short. What an interrupt leaves half done, the next call completes."""
+        if self.watch is None or self.release is None or (self.stream is not None and self.stream.in_use):
+            return
+        if self._pending is None:
+            self._pending = self.watch(self.plan)
+            if self._pending is None:
+                return
+        self.plan, news = self._pending
+        self.emit(news)  # before anything is read
+        self._hook_layers()
+        self.stream = self.release(self.plan, self.stream)
+        if self.closed:  # meanwhile, by another thread, which may not have seen this stream
+            if self.stream is not None:
+                self.stream.close()
+            raise UNLOADED
+        self._pending = None
+        if self.listener is None:
+            warnings.warn(news.text, RuntimeWarning, stacklevel=2)
+
     def close(self) -> None:
         """Stop telling and computing. Freeing the weights is up to whoever made them."""
         self.closed = True
         self.listener = None
 
-    def _hook_resident_layers(self) -> None:
-        if self.listener is None:
-            while self._telling:
-                self._telling.pop().remove()
-        elif not self._telling:
-            for layer, info in self._resident:
-                self._telling += _hook(layer, _LayerHooks(self, layer, info))
-
-
-def _hook(layer: Layer, hooks: _LayerHooks) -> list[Any]:
-    return [layer.module.register_forward_pre_hook(hooks.before), layer.module.register_forward_hook(hooks.after)]
+    def _hook_layers(self) -> None:
+        """Put hooks on the layers that stream, and while someone listens on all of them."""
+        telling = self.listener is not None
+        if self._hooked is not None and self._hooked[0] is self.plan and self._hooked[1] == telling:
+            return
+        for hooks, info in zip(self._layers, self.plan.layers, strict=True):
+            hooks.info = info
+            hooks.put(wanted=telling or not info.resident)
+        self._hooked = self.plan, telling  # last: what an interrupt leaves half done is done again
 
 
 class _LayerHooks:
@@ -136,11 +161,26 @@ class _LayerHooks:
         self.began = 0.0
         self.source: Source = "resident"
 
+    def put(self, *, wanted: bool) -> None:
+        """Put the hooks on or take them off. They are found by what they are: an interrupt could lose a handle to them."""
+        module = self.layer.module
+        tables: tuple[tuple[Any, dict[int, Any], Callable[..., Any]], ...] = (
+            (self.before, module._forward_pre_hooks, module.register_forward_pre_hook),  # noqa: SLF001
+            (self.after, module._forward_hooks, module.register_forward_hook),  # noqa: SLF001
+        )
+        for hook, table, register in tables:
+            numbers = [number for number, other in table.items() if other == hook]
+            if wanted and not numbers:
+                register(hook)
+            for number in () if wanted else numbers:
+                del table[number]
+
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
         """Fetch the weights, then begin."""
         begin = time.perf_counter()
         if not self.info.resident:
             self.runtime.before_layer()
+            self.runtime.relieve()  # where layers stream, a pass can take long
             stream = self.runtime.stream
             assert stream is not None
             self.layer.group.attach(stream.take(self.info.index).buffer)

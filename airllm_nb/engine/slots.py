@@ -14,11 +14,18 @@ class Slot:
 
     The life of a slot is fill `host` -> `upload` (both on the reading thread) -> `begin_use` -> compute from `buffer` ->
     `end_use` (on the computing thread), and again.
+
+    Parameters
+    ----------
+    nbytes : int
+        Its size.
+    buffer : torch.Tensor, optional
+        Memory of that size to use; new memory otherwise.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, buffer: torch.Tensor | None = None) -> None:
         self.nbytes = nbytes
-        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu") if buffer is None else buffer
         self.host = self.buffer
 
     def upload(self) -> None:

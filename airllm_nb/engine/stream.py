@@ -40,7 +40,7 @@ class WeightStream:
     def __init__(self, sizes: dict[int, int], slots: Sequence[Slot], fill: Callable[[int, Slot], None]) -> None:
         self._sizes = sizes
         self._order = list(sizes)
-        self._successor = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
+        self._successor = _ring(self._order)
         self._fill = fill
         self._slots = list(slots)
         self._states: list[State] = [FREE] * len(slots)
@@ -62,6 +62,26 @@ class WeightStream:
     def in_use(self) -> bool:
         """Whether a layer is out: between passes, one that an aborted pass has left."""
         return any(state == "used" for state, _ in self._states)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers that it can hand out."""
+        return frozenset(self._successor)
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return len(self._slots)
+
+    def add(self, sizes: dict[int, int], slots: Sequence[Slot]) -> None:
+        """Let more layers stream, and more slots be filled. Layers are known last: should an interrupt hit, add what is left."""
+        with self._lock:
+            self._sizes = dict(sorted((self._sizes | sizes).items()))
+            self._states += [FREE] * (len(self._slots) + len(slots) - len(self._states))
+            self._slots += slots
+            self._order = list(self._sizes)
+            self._successor = _ring(self._order)
+        self._work.put(None)
 
     def take(self, index: int) -> Slot:
         """Return the slot that holds a layer, waiting for it to be read.
@@ -196,3 +216,8 @@ class WeightStream:
             if self._states[number] == FREE and slot.nbytes >= self._sizes[index]
         ]
         return min(free, key=lambda number: self._slots[number].nbytes, default=None)
+
+
+def _ring(order: list[int]) -> dict[int, int]:
+    """Return what comes after each layer; after the last one the first one of the next token."""
+    return dict(zip(order, order[1:] + order[:1], strict=True))

@@ -135,6 +135,27 @@ class WeightGroup:
         for place, parameter in self._away:
             place.table[place.attribute] = parameter
 
+    def let_go(self) -> torch.Tensor | None:
+        """Detach what stayed; returns the memory, all of it and flat, unless the weights were away already.
+
+        Buffers, which are not detached, get memory of their own: views would hold all of it.
+        """
+        memory = None
+        for weight in self.weights.values():
+            for place in weight.places:
+                tensor = place.table[place.attribute]
+                if place.is_buffer and tensor is not None:
+                    place.table[place.attribute] = tensor.clone()
+                elif tensor is not None and not tensor.is_meta:
+                    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self.detach()
+        return memory
+
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Return what changes when someone else puts other weights in their place, or changes them there (not by ``.data``)."""
+        tensors = (place.table[place.attribute] for weight in self.weights.values() for place in weight.places)
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)  # noqa: SLF001  # no other way
+
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     """Make a parameter as ``from_pretrained`` does: ``matmul`` chooses its way by `requires_grad` even where none is recorded."""

@@ -16,6 +16,7 @@ from airllm_nb.events import (
     LayerReady,
     LoadBegin,
     LoadEnd,
+    MemoryShort,
     PassBegin,
     PassEnd,
 )
@@ -104,6 +105,7 @@ class RunState:
         self.decode_seconds = 0.0
         self.loaded_layers = 0
         self.loaded_nbytes = 0
+        self.note = ""  # what the user should know, in words
         self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
         self._began_at = 0.0
         self._pass_at = 0.0
@@ -111,6 +113,7 @@ class RunState:
             Fetching: self._fetching,
             LoadBegin: self._load_begin,
             LoadEnd: self._load_end,
+            MemoryShort: self._memory_short,
             PassBegin: self._pass_begin,
             PassEnd: self._pass_end,
             LayerRead: self._layer_read,
@@ -174,6 +177,13 @@ class RunState:
 
     def _load_end(self, event: LoadEnd) -> None:
         self.seconds = event.seconds
+
+    def _memory_short(self, event: MemoryShort) -> None:
+        self.note = event.text
+        for layer, info in zip(self.layers, event.layers, strict=True):
+            if layer.info.resident and not info.resident:
+                layer.weights = "waiting"
+            layer.info = info
 
     def _pass_begin(self, event: PassBegin) -> None:
         self.passes_begun += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import ipywidgets
@@ -48,7 +49,7 @@ class WidgetRenderer:
 
 
 class TextRenderer:
-    """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; it goes away when text begins."""
+    """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; gone when text begins. A note comes last."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -58,6 +59,8 @@ class TextRenderer:
         """Move the bar; it is made when there is something to count."""
         if state.ended:
             self.close()
+            if state.note:
+                print(state.note, file=sys.stderr)
         elif (state.layers or state.fetching) and not self._text_began:
             if self._bar is None:
                 # `disable=None` keeps it out of files and pipes; Progress sets the pace.

@@ -49,6 +49,7 @@ STYLE = """<style>
 .airllm-key { margin-top: 7px; font-size: 12px; }
 .airllm-key span { display: flex; align-items: center; }
 .airllm-key i { width: 18px; height: 18px; margin-right: 5px; }
+.airllm-note { margin-top: 5px; padding-left: 8px; border-left: 3px solid var(--jp-warn-color1, #f57c00); }
 .airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
 .airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
 .airllm .ready { border: 2px solid var(--jp-warn-color1, #f57c00); }
@@ -64,11 +65,12 @@ def render(state: RunState) -> str:
     """Draw the whole picture."""
     percent = round(state.fraction * 100, 1)
     cells = "".join(map(_cell, state.layers))
+    note = f'<div class="airllm-note" role="status">{escape(state.note)}</div>' if state.note else ""
     return (
         f'<div class="airllm"><div class="airllm-top"><b>{escape(headline(state))}</b>'
         f"<span>{escape(state.model)}</span></div>"
         f'<progress aria-label="done so far" max="100" value="{percent}">{percent:.0f}%</progress>'
-        f'<div class="airllm-strip" style="--columns: {_columns(len(state.layers))}">{cells}</div>{_key(state)}</div>'
+        f'<div class="airllm-strip" style="--columns: {_columns(len(state.layers))}">{cells}</div>{_key(state)}{note}</div>'
     )
 
 

@@ -45,12 +45,12 @@ def test_jupyterhub_limits(monkeypatch):
 def test_cgroup_limits(tmp_path, monkeypatch, version):
     """Files as the kernel writes them, for a group inside a limited one."""
     names = ("memory.max", "memory.current") if version == 2 else ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    cache = "inactive_file" if version == 2 else "total_inactive_file"
+    cache, mapped = ("inactive_file", "file_mapped") if version == 2 else ("total_inactive_file", "total_mapped_file")
     (tmp_path / names[0]).parent.mkdir(exist_ok=True)
     (tmp_path / names[0]).write_text("1000000000\n")
     (tmp_path / names[1]).write_text("700000000\n")
     (tmp_path / names[0]).with_name("memory.stat").write_text(
-        f"anon 1\n{cache} 200000000\n{cache.replace('inactive', 'active')} 50000000\n"
+        f"anon 1\n{cache} 200000000\n{cache.replace('inactive', 'active')} 50000000\n{mapped} 20000000\n"
     )
     inner = (tmp_path / names[0]).parent / "user"
     inner.mkdir()
@@ -59,5 +59,5 @@ def test_cgroup_limits(tmp_path, monkeypatch, version):
     lines = tmp_path / "cgroup"
     lines.write_text("0::/user\n" if version == 2 else "4:cpu,cpuacct:/\n7:memory:/user\n")
     monkeypatch.setattr(cgroups, "OWN_CGROUPS", lines)
-    assert memory.limits()["container limit"] == 500_000_000
+    assert memory.limits()["container limit"] == 530_000_000
     assert memory.limits(mapped=True)["container limit"] == 550_000_000

@@ -15,6 +15,7 @@ from airllm_nb.events import (
     LayerReady,
     LoadBegin,
     LoadEnd,
+    MemoryShort,
     PassBegin,
     PassEnd,
 )
@@ -95,6 +96,39 @@ def test_a_run():
     totals = state.layers[1].totals()
     assert (totals.passes, totals.disk_nbytes, totals.cache_nbytes) == (1, 10 * MB, 0)
     assert (totals.read_seconds, totals.waited_seconds, totals.compute_seconds) == (0.5, 0.75, 0.25)
+
+
+def short(state, text="Memory is <short>."):
+    layers = tuple(LayerInfo(info.index, info.name, info.nbytes, resident=info.index == 0) for info in LAYERS)
+    state.apply(MemoryShort(layers, text))
+
+
+def test_layers_that_stream_from_now_on():
+    state = RunState("name", LAYERS, tokens_wanted=4)
+    assert "airllm-note" not in strip.render(state)
+    read(state, 1)
+    short(state)
+    assert phases(state) == ["resident", "ready", "waiting", "waiting"]
+    html = strip.render(state)
+    assert "Memory is &lt;short&gt;." in html
+    assert html.count("streams") == 2 * 3  # a class and a hover text each
+    state.apply(PassBegin(0, 5, "prefill"))
+    read(state, 2)
+    assert phases(state)[2] == "ready"
+    state.end("done")
+    assert phases(state) == ["resident", "waiting", "waiting", "waiting"]
+    assert [layer.totals().resident for layer in state.layers] == [True, False, False, False]
+
+
+def test_a_terminal_is_told_when_the_text_is_over(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    state = RunState("name", LAYERS, 4)
+    progress = Progress(state, TextRenderer())
+    short(state, "Memory is short.")
+    progress.before_text()
+    assert sys.stderr.getvalue() == ""
+    progress.finish("done")
+    assert sys.stderr.getvalue() == "Memory is short.\n"
 
 
 class Recorder(SilentRenderer):
