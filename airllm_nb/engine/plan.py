@@ -103,7 +103,7 @@ class Plan:
     window: tuple[int, ...]
     reasons: tuple[str, ...]
     threads: Threads
-    work: Work = dataclasses.field(repr=False)
+    work: Work = dataclasses.field(repr=False, compare=False)
     shared_nbytes: int | None = None
     by_rows: bool = False
     kernels: str = ""
