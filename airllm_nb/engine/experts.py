@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from airllm_nb.engine.expert_stacks import ExpertStack
+from airllm_nb.engine.patience import LAST, Unanswered, wait
 from airllm_nb.engine.weights import ALIGN
 from airllm_nb.errors import AirLLMError
 
@@ -46,15 +47,22 @@ class ExpertStore:
         How many matrices of each size in bytes may be in memory; at least two of each (or all).
     read : callable(stack, expert, into)
         Reads a matrix into a contiguous CPU tensor. Runs on the reading threads; what it raises is raised by `visit`.
+    unanswered : callable()
+        See `patience`.
     """
 
     def __init__(
-        self, stacks: Sequence[ExpertStack], slots: dict[int, int], read: Callable[[ExpertStack, int, torch.Tensor], object]
+        self,
+        stacks: Sequence[ExpertStack],
+        slots: dict[int, int],
+        read: Callable[[ExpertStack, int, torch.Tensor], object],
+        unanswered: Unanswered,
     ) -> None:
         self.stacks = stacks
         self.hits = self.misses = 0
         """Matrices that were in memory when they were hit, and those that had to be read."""
         self._read = read
+        self._unanswered = unanswered
         self._unused = dict(slots)  # how many more buffers of each size may be made
         self._free: dict[int, list[torch.Tensor]] = {size: [] for size in slots}
         self._held: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}  # the buffer, and the matrix in it
@@ -105,7 +113,7 @@ class ExpertStore:
                 key = next((key for key in left if key in self._held or key in self._failed), None)
                 arrival = self._arrival = queue.SimpleQueue()
             if key is None:
-                arrival.get()
+                wait(arrival, self._unanswered)
                 continue
             if key in self._failed:
                 raise self._failed.pop(key)
@@ -126,7 +134,7 @@ class ExpertStore:
         self._wake()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
-                thread.join()
+                thread.join(LAST)  # as in `stream`
         with self._lock:
             self._held.clear()
             self._free.clear()

@@ -77,9 +77,10 @@ def load_weights(
             telling(plan.layers[index], stream, layer_groups[index], slot.host)
 
         if plan.device.type == "cpu":
-            runtime.watch, runtime.release = Watch(skeleton.layers, plan), Release(skeleton.layers, read, streams)
+            runtime.watch = Watch(skeleton.layers, plan)
+            runtime.release = Release(skeleton.layers, read, groups.unanswered, streams)
         if streamed:
-            runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read)
+            runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read, groups.unanswered)
             streams.append(runtime.stream)
             runtime.stream.start()
         completed = True
@@ -93,7 +94,7 @@ def _experts(groups: GroupReader, plan: ExpertsPlan, stacks: Sequence[ExpertStac
     def read(stack: ExpertStack, expert: int, into: torch.Tensor) -> None:
         groups.read(stack.sources[expert], into, keep_cached=False)
 
-    store = ExpertStore(stacks, plan.slots, read)
+    store = ExpertStore(stacks, plan.slots, read, groups.unanswered)
     for number, stack in enumerate(stacks):
         parameter = stacked(store, number, device)
         for place in stack.places:

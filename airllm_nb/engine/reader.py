@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Reader:
         self._states = checkpoint.states
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
+        self._asked: dict[int, float] = {}  # by thread: since when it waits for the disk
         self.stopped = False
         """Set it to end a read that is under way."""
 
@@ -84,6 +86,10 @@ class Reader:
         with file.lock:
             return file.residue.holds(offset)
 
+    def unanswered(self) -> float:
+        """Return for how many seconds the disk has left a read unanswered; 0 if none is under way."""
+        return time.monotonic() - min(self._asked.copy().values(), default=time.monotonic())
+
     def close(self) -> None:
         """Close the files. Reading again opens them again."""
         with self._lock:
@@ -112,7 +118,11 @@ class Reader:
         while done < len(into):
             if self.stopped:
                 raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
-            count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
+            try:
+                self._asked[threading.get_ident()] = time.monotonic()
+                count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
+            finally:
+                self._asked.pop(threading.get_ident(), None)
             if count == 0:
                 raise changed(path, "was truncated")
             if not keep_cached:

@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from airllm_nb.engine.patience import Unanswered
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.skeleton import Layer
 from airllm_nb.engine.slots import Slot
@@ -24,13 +25,18 @@ class Release:
         The model's.
     fill : callable(index, slot)
         Reads a layer into a slot.
+    unanswered : callable()
+        See `patience`.
     streams : list
         Gets a new read-ahead before its thread starts: whoever owns the list closes it.
     """
 
-    def __init__(self, layers: Sequence[Layer], fill: Callable[[int, Slot], None], streams: list[Any]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], fill: Callable[[int, Slot], None], unanswered: Unanswered, streams: list[Any]
+    ) -> None:
         self._layers = layers
         self._fill = fill
+        self._unanswered = unanswered
         self._streams = streams
 
     def __call__(self, plan: Plan, stream: WeightStream | None) -> WeightStream | None:
@@ -58,7 +64,7 @@ class Release:
         for lost in self._streams:  # by an interrupt, right here
             if isinstance(lost, WeightStream):
                 lost.close()
-        stream = WeightStream(released, slots, self._fill)
+        stream = WeightStream(released, slots, self._fill, self._unanswered)
         self._streams.append(stream)
         stream.start()
         return stream

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from airllm_nb.engine.patience import LAST, Unanswered, wait
 from airllm_nb.engine.slots import Slot
 from airllm_nb.errors import AirLLMError
 
@@ -35,13 +36,18 @@ class WeightStream:
         At least two, or one if a single layer streams; every layer fits into at least one of them.
     fill : callable(index, slot)
         Reads a layer into a slot. Runs on the reading thread; what it raises is raised by `take`.
+    unanswered : callable()
+        See `patience`.
     """
 
-    def __init__(self, sizes: dict[int, int], slots: Sequence[Slot], fill: Callable[[int, Slot], None]) -> None:
+    def __init__(
+        self, sizes: dict[int, int], slots: Sequence[Slot], fill: Callable[[int, Slot], None], unanswered: Unanswered
+    ) -> None:
         self._sizes = sizes
         self._order = list(sizes)
         self._successor = _ring(self._order)
         self._fill = fill
+        self._unanswered = unanswered
         self._slots = list(slots)
         self._states: list[State] = [FREE] * len(slots)
         self._last: int | None = None  # what was taken last
@@ -89,7 +95,7 @@ class WeightStream:
         Raises
         ------
         AirLLMError
-            If reading it failed. The next `take` tries again.
+            If reading it failed, or takes for ever. The next `take` tries again.
         """
         with self._lock:
             self._failed = None
@@ -112,7 +118,7 @@ class WeightStream:
                     self._wanted = None
                     break
                 arrival = self._arrival = queue.SimpleQueue()
-            arrival.get()
+            wait(arrival, self._unanswered)
         self._slots[number].begin_use()
         return self._slots[number]
 
@@ -144,7 +150,7 @@ class WeightStream:
             self._arrival.put(None)
         self._work.put(None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(LAST)  # a disk that does not answer holds it, for longer than anybody should wait
         with self._lock:
             self._slots.clear()
             self._states.clear()

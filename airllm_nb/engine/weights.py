@@ -177,6 +177,7 @@ class GroupReader:
         self._checkpoint = checkpoint
         self._reader = reader
         self._of_thread = threading.local()
+        self.unanswered = reader.unanswered
 
     def load(self, group: WeightGroup, device: torch.device) -> bool:
         """Bring a group's weights in, to stay, and attach them; True if any of it had to come from the disk."""

@@ -311,7 +311,7 @@ def test_layers_come_before_experts():
 
 def make_store(read, layers=4, experts=8, room=16):
     stacks = [ExpertStack(str(n), torch.uint8, (64,), 0, (), ((),) * experts, None) for n in range(layers)]
-    store = ExpertStore(stacks, {64: room}, read)
+    store = ExpertStore(stacks, {64: room}, read, lambda: 0.0)
     store.start()
     return store
 

@@ -33,7 +33,10 @@ def make():
 
     def make(disk, layers=4, sizes=(8, 8)):
         stream = WeightStream(
-            dict.fromkeys(range(layers), 8) if isinstance(layers, int) else layers, [Slot(size) for size in sizes], disk
+            dict.fromkeys(range(layers), 8) if isinstance(layers, int) else layers,
+            [Slot(size) for size in sizes],
+            disk,
+            lambda: 0.0,
         )
         streams.append(stream)
         stream.start()
@@ -158,7 +161,7 @@ def test_closed_by_its_own_thread():
     failures = []
     before, threading.excepthook = threading.excepthook, failures.append
     try:
-        stream = WeightStream({0: 8, 1: 8}, [Slot(8), Slot(8)], read)
+        stream = WeightStream({0: 8, 1: 8}, [Slot(8), Slot(8)], read, lambda: 0.0)
         stream.start()
         stream._thread.join(20)
     finally:

@@ -1,0 +1,41 @@
+"""Waiting for what another thread reads, but not for ever: a disk may stop answering."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+
+from airllm_nb.errors import CheckpointError
+
+PATIENCE = 60.0
+"""Seconds without an answer to a single read of a few MB after which a disk counts as gone: network drives may pause for some."""
+
+LAST = 10.0
+"""Seconds that closing a model waits for a read that is under way."""
+
+Unanswered = Callable[[], float]
+"""Tells for how many seconds the disk has left a read unanswered; 0 if none is under way."""
+
+
+def wait(arrival: queue.SimpleQueue[None], unanswered: Unanswered) -> None:
+    """Wait for something to be put into a queue.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk has not answered for `PATIENCE` seconds. Whoever tries again waits again.
+    """
+    while not _came(arrival):
+        if (seconds := unanswered()) >= PATIENCE:
+            raise CheckpointError(
+                f"The disk has not answered for {seconds:.0f} seconds, so the weights cannot be read.",
+                "Check the disk, or the network drive, and try again.",
+            )
+
+
+def _came(arrival: queue.SimpleQueue[None]) -> bool:
+    try:
+        arrival.get(timeout=min(PATIENCE, 1.0))
+    except queue.Empty:
+        return False
+    return True
