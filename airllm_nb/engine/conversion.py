@@ -1,17 +1,19 @@
 """Converts what was read to the dtype that computes, on a thread of its own: meanwhile the disk goes on reading.
 
-The thread lives for one read of many pieces (it takes a tenth of a millisecond to start): so nobody has to end it.
+For the reading thread, which no interrupt reaches: the thread that computes must not wait for another one by these means.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from airllm_nb.engine.reader import CHUNK
-
+BUFFER = 4 << 20
+"""Bytes of each buffer: a few ms of reading."""
 BUFFERS = 2  # one is read into while the other is converted
 SERIAL = 32_767
 """Elements that PyTorch copies on the calling thread alone: more threads would take cores from the layer that computes."""
@@ -20,17 +22,31 @@ SERIAL = 32_767
 class Converter:
     """Buffers to read into, in turn, and the thread that empties them; for one reading thread.
 
-    Take a `buffer`, read into it, `convert` it. Whatever happens, `finish` before what is converted to is used or reused.
+    Within `converting`, take a `buffer`, read into it, `convert` it.
     """
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, device="cpu") for _ in range(BUFFERS)]
+        self._buffers = [torch.empty(BUFFER, dtype=torch.uint8, device="cpu") for _ in range(BUFFERS)]
         self._turn = 0
         self._pending: deque[Future[None]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
+    @contextlib.contextmanager
+    def converting(self) -> Iterator[None]:
+        """At the end, whatever happens, wait for what is being converted; raise what went wrong first."""
+        try:
+            yield
+        finally:
+            # The thread lives only as long: it starts in a tenth of a millisecond, and so nobody has to end it.
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                thread.shutdown()
+            done, self._pending = self._pending, deque()
+        for future in done:
+            future.result()
+
     def buffer(self) -> torch.Tensor:
-        """Return `CHUNK` bytes to read into, once they are converted that were in them before."""
+        """Return `BUFFER` bytes to read into, once they are converted that were in them before."""
         while len(self._pending) >= BUFFERS:
             self._pending.popleft().result()
         self._turn = (self._turn + 1) % BUFFERS
@@ -42,13 +58,22 @@ class Converter:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="airllm_nb-convert")
         self._pending.append(self._thread.submit(convert, source, into))
 
-    def finish(self) -> None:
-        """Wait until everything is converted."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.shutdown()
-        while self._pending:
-            self._pending.popleft().result()
+
+class Unaided:
+    """As a `Converter`, but without a thread, and with memory only for one buffer, which goes with it."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def buffer(self) -> torch.Tensor:
+        """Return `BUFFER` bytes to read into."""
+        if self._buffer is None:
+            self._buffer = torch.empty(BUFFER, dtype=torch.uint8, device="cpu")
+        return self._buffer
+
+    def convert(self, source: torch.Tensor, into: torch.Tensor) -> None:
+        """Convert a flat tensor in the buffer into another one of as many elements."""
+        convert(source, into)
 
 
 def convert(source: torch.Tensor, into: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from airllm_nb.compat import initialize, routing
 from airllm_nb.engine import rows
+from airllm_nb.engine.conversion import Converter
 from airllm_nb.engine.expert_stacks import ExpertStack
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.plan import ExpertsPlan, Plan
@@ -26,6 +27,7 @@ from airllm_nb.engine.weights import GroupReader
 from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, LoadBegin, LoadEnd, Source
 
 
+@torch.inference_mode(mode=False)
 def load_weights(
     skeleton: Skeleton,
     plan: Plan,
@@ -35,6 +37,8 @@ def load_weights(
     stacks: Sequence[ExpertStack] = (),
 ) -> None:
     """Bring a model's weights to where `plan` wants them, and tell the runtime's listener of every step.
+
+    Ordinary tensors, whatever mode the caller is in: those of ``inference_mode`` do not count their changes.
 
     Parameters
     ----------
@@ -71,7 +75,7 @@ def load_weights(
             store.start()
         streamed = {info.index: info.nbytes for info in plan.layers if not info.resident}
         layer_groups = [layer.group for layer in skeleton.layers]
-        stream = functools.partial(groups.fill, keep_cached=False)
+        stream = functools.partial(groups.fill, keep_cached=False, converter=Converter() if plan.device.type == "cpu" else None)
 
         def read(index: int, slot: Slot) -> None:
             telling(plan.layers[index], stream, layer_groups[index], slot.host)

@@ -1,4 +1,7 @@
-"""Waiting for what another thread reads, but not for ever: a disk may stop answering."""
+"""Waiting for what another thread reads, but not for ever: a disk may stop answering.
+
+What the computing thread reads by itself (rows of an embedding, what stays while it is loaded) it waits for as any program does.
+"""
 
 from __future__ import annotations
 

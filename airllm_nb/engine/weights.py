@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,14 @@ from torch import nn
 from airllm_nb.compat.keys import Recipe, Tensors
 from airllm_nb.engine.away import Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
-from airllm_nb.engine.conversion import Converter, convert
+from airllm_nb.engine.conversion import Converter, Unaided, convert
+from airllm_nb.engine.page_cache import PAGE
 from airllm_nb.engine.reader import Reader
 
 ALIGN = 64  # bytes: a cache line, and the widest vector register
 SMALL = 1 << 20
 """Bytes that are not worth another thread's work: norms, biases, rows of an embedding."""
+SAMPLED = 16  # bytes of each page
 
 
 class Place(NamedTuple):
@@ -151,10 +152,27 @@ class WeightGroup:
         self.detach()
         return memory
 
-    def state(self) -> tuple[tuple[int, int], ...]:
-        """Return what changes when someone else puts other weights in their place, or changes them there (not by ``.data``)."""
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        """Return what changes when someone else puts other weights in their place, or changes them there.
+
+        PyTorch counts changes in place, but not those that go through ``.data`` (as peft merges adapters): these are noticed
+        where they reach one of the bytes that are sampled, some of each page.
+        """
         tensors = (place.table[place.attribute] for weight in self.weights.values() for place in weight.places)
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)  # noqa: SLF001  # no other way
+        return tuple(
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _checksum(tensor))  # noqa: SLF001  # no other way
+            for tensor in tensors
+            if tensor is not None
+        )
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        return 0
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    if flat.numel() > SMALL:
+        flat = flat[: flat.numel() // PAGE * PAGE].view(-1, PAGE)[:, :SAMPLED].contiguous()
+    return zlib.crc32(as_bytes(flat))
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
@@ -176,7 +194,6 @@ class GroupReader:
     def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
         self._checkpoint = checkpoint
         self._reader = reader
-        self._of_thread = threading.local()
         self.unanswered = reader.unanswered
 
     def load(self, group: WeightGroup, device: torch.device) -> bool:
@@ -186,31 +203,47 @@ class GroupReader:
         group.attach(host.to(device))
         return from_disk
 
-    def fill(self, group: WeightGroup, buffer: torch.Tensor, *, keep_cached: bool) -> bool:
+    def fill(self, group: WeightGroup, buffer: torch.Tensor, *, keep_cached: bool, converter: Converter | None = None) -> bool:
         """Read a group's weights into a flat uint8 buffer on the CPU.
+
+        Parameters
+        ----------
+        group : WeightGroup
+            What to read.
+        buffer : torch.Tensor
+            Of at least its size.
+        keep_cached : bool
+            See `Reader.read`.
+        converter : Converter, optional
+            That of a reading thread, to convert meanwhile.
 
         Returns
         -------
         bool
             True if any of it had to come from the disk, False if the page cache held it all.
         """
+        if converter is None:
+            return self._fill(group, buffer, Unaided(), keep_cached=keep_cached)
+        with converter.converting():
+            return self._fill(group, buffer, converter, keep_cached=keep_cached)
+
+    def _fill(self, group: WeightGroup, buffer: torch.Tensor, converter: Converter | Unaided, *, keep_cached: bool) -> bool:
         views = group.views(buffer)
         missed = 0
-        with self._converted():
-            for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
-                if recipe.convert is None or recipe.joined:
-                    (target,) = recipe.targets
-                    entries = [self._checkpoint[source] for source in recipe.sources]
-                    missed += self._read(entries, views[target], keep_cached=keep_cached)
-                    continue
-                dtype = views[next(iter(recipe.targets))].dtype
-                tensors = {}
-                for source in recipe.sources:
-                    entry = self._checkpoint[source]
-                    tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
-                    missed += self.read([entry], tensors[source], keep_cached=keep_cached)
-                for target, tensor in recipe.convert(tensors).items():
-                    views[target].copy_(tensor)
+        for recipe in sorted(group.recipes, key=self._position):  # in one sweep, for the disk's own read-ahead
+            if recipe.convert is None or recipe.joined:
+                (target,) = recipe.targets
+                entries = [self._checkpoint[source] for source in recipe.sources]
+                missed += self._read(entries, views[target], converter, keep_cached=keep_cached)
+                continue
+            dtype = views[next(iter(recipe.targets))].dtype
+            tensors = {}
+            for source in recipe.sources:
+                entry = self._checkpoint[source]
+                tensors[source] = torch.empty(entry.shape, dtype=dtype, device="cpu")
+                missed += self.read([entry], tensors[source], keep_cached=keep_cached)
+            for target, tensor in recipe.convert(tensors).items():
+                views[target].copy_(tensor)
         return missed > 0
 
     def _position(self, recipe: Recipe) -> tuple[Path, int]:
@@ -226,30 +259,29 @@ class GroupReader:
 
     def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
         """Read tensors into a contiguous one, one after the other; returns the bytes that the page cache did not hold."""
-        with self._converted():
-            return self._read(entries, into, keep_cached=keep_cached)
+        return self._read(entries, into, Unaided(), keep_cached=keep_cached)
 
-    def _read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
-        """Read tensors, of which some may still be converted until `_converted` ends."""
+    def _read(
+        self, entries: Iterable[TensorEntry], into: torch.Tensor, converter: Converter | Unaided, *, keep_cached: bool
+    ) -> int:
         flat, begin, missed = into.view(-1), 0, 0
         for entry in entries:
             end = begin + math.prod(entry.shape)
             if entry.dtype == into.dtype:
                 missed += self._reader.read(entry.file, entry.offset, as_bytes(flat[begin:end]), keep_cached=keep_cached)
             else:
-                missed += self._read_and_convert(entry, flat[begin:end], keep_cached=keep_cached)
+                missed += self._read_and_convert(entry, flat[begin:end], converter, keep_cached=keep_cached)
             begin = end
         return missed
 
-    def _read_and_convert(self, entry: TensorEntry, flat: torch.Tensor, *, keep_cached: bool) -> int:
+    def _read_and_convert(
+        self, entry: TensorEntry, flat: torch.Tensor, converter: Converter | Unaided, *, keep_cached: bool
+    ) -> int:
         if entry.nbytes <= SMALL:
             part = torch.empty(flat.shape, dtype=entry.dtype, device="cpu")
             missed = self._reader.read(entry.file, entry.offset, as_bytes(part), keep_cached=keep_cached)
             convert(part, flat)
             return missed
-        if not hasattr(self._of_thread, "converter"):
-            self._of_thread.converter = Converter()
-        converter: Converter = self._of_thread.converter
         missed = done = 0
         while done < flat.numel():
             part = converter.buffer().view(entry.dtype)[: flat.numel() - done]
@@ -258,15 +290,6 @@ class GroupReader:
             converter.convert(part, flat[done : done + part.numel()])
             done += part.numel()
         return missed
-
-    @contextlib.contextmanager
-    def _converted(self) -> Iterator[None]:
-        """Wait at the end, whatever happens, for what this thread reads to be converted."""
-        try:
-            yield
-        finally:
-            if hasattr(self._of_thread, "converter"):
-                self._of_thread.converter.finish()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

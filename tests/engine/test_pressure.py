@@ -227,11 +227,31 @@ def test_a_layer_that_was_changed_stays(checkpoint, short):
         with torch.no_grad():
             model.model.layers[3].mlp.down_proj.weight.mul_(2)
         model.model.layers[5].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros_like(model.model.layers[5].mlp.up_proj.weight))
+        model.model.layers[6].self_attn.q_proj.weight.data += 0.01  # as peft merges an adapter
         expected = model(IDS).logits
         short.missing = MANY
-        with pytest.warns(RuntimeWarning, match="6 more layers"):
+        with pytest.warns(RuntimeWarning, match="5 more layers"):
             assert torch.equal(model(IDS).logits, expected)
-        assert resident(model) == [3, 5]
+        assert resident(model) == [3, 5, 6]
+
+
+def test_a_large_weight_that_was_changed_through_data(checkpoint, short):
+    with load(checkpoint("llama", hidden_size=512, intermediate_size=1024, num_attention_heads=8)) as model:
+        model.model.layers[1].mlp.up_proj.weight.data += 0.01
+        assert model.model.layers[1].mlp.up_proj.weight.nbytes > weights.SMALL
+        expected = model(IDS).logits
+        short.missing = MANY
+        with pytest.warns(RuntimeWarning, match="3 more layers"):
+            assert torch.equal(model(IDS).logits, expected)
+        assert resident(model) == [1]
+
+
+def test_loading_in_inference_mode(checkpoint, short):
+    with torch.inference_mode(), load(checkpoint()) as model:
+        expected = model(IDS).logits
+        short.missing = MANY
+        with pytest.warns(RuntimeWarning, match="4 more layers"):
+            assert torch.equal(model(IDS).logits, expected)
 
 
 def test_what_is_mapped_stays(checkpoint, short):
