@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if chosen.tokens < 1:
         parser.error("at least one token has to count")
+    if refused := _refused(chosen.root, chosen.json):
+        parser.error(refused)
     rows = [row for name in chosen.rows for row in named(name)] or list(ROWS.values())
     found: dict[str, object] = {"machine": machine.describe()}
     bench, failed = Bench(chosen.root, chosen.tokens, chosen.shape, chosen.peers), 0
@@ -49,6 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.json:  # after each row: the next may be interrupted
             chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return failed
+
+
+def _refused(root: Path, found: Path | None) -> str:
+    """Return why a folder or a file cannot be written, if so: it is told before minutes are spent on measuring."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not any(root.glob("*/config.json")):  # one that has checkpoints need not be written
+            with tempfile.TemporaryFile(dir=root):
+                pass
+    except OSError as error:
+        return f"--root {root} cannot be written ({error.strerror})"
+    try:
+        if found:
+            found.open("a", encoding="utf-8").close()  # what an earlier run has left stays until there is more
+    except OSError as error:
+        return f"--json {found} cannot be written ({error.strerror})"
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Runs each side of a measurement in a process of its own, from a cold page cache, under a memory limit where one is wanted."""
+"""Runs each side of a measurement in a process of its own, from a cold page cache and under a memory limit where needed."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from safetensors import SafetensorError
+
 from airllm_nb.bench import checkpoint, machine
 from airllm_nb.bench.machine import BenchError
 
 WHOLE = 0.95
 """Share of its planned bytes that a pass must have read from the disk: below it the page cache helped, and the row is invalid."""
+COLD = ("cold", "streams", "peak", "predicted")
+"""Sides that read from the disk what is measured, or whose page cache counts in their memory limit. For the others it does not
+matter where their weights come from, and they can be measured where no file can be dropped from the page cache."""
 PEERS = Path(__file__).with_name("peers.py")
+KILLED = -9
+"""What a process returns that was ended by SIGKILL, as the kernel ends it for want of memory."""
 
 
 class KilledError(BenchError):
@@ -48,12 +56,16 @@ class Bench:
     def folder(self, shape: str) -> Path:
         """Return the folder of a checkpoint, made if it is not there."""
         name = self.shape or shape
-        return checkpoint.make(self.root / name, checkpoint.SHAPES[name])
+        try:
+            return checkpoint.make(self.root / name, checkpoint.SHAPES[name])
+        except (OSError, SafetensorError) as error:
+            raise BenchError(f"No checkpoint can be made in {self.root}: {error}.", "Choose another with --root.") from error
 
     def side(self, name: str, folder: Path, limit: int | None = None, **options: Any) -> dict[str, Any]:
         """Run one of `sides`, under a memory limit in bytes."""
         machine.require_quiet()
-        machine.evict(folder)
+        if name in COLD:
+            machine.evict(folder)
         command = [sys.executable, "-m", "airllm_nb.bench.sides", name, json.dumps({"folder": str(folder), **options})]
         return _run(f"side {name!r}", command, limit)
 
@@ -86,16 +98,23 @@ class Bench:
 def _run(name: str, command: Sequence[str], limit: int | None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run a process and return what it prints as its last line."""
     with machine.limited(limit) as enter:
-        # The limit has to be there before the process begins, and a cgroup is entered by the process itself.
+        # The limit has to be there before the process begins, and a cgroup is entered by the process itself. Windows refuses any
+        # function to call there.
+        first = None if limit is None else enter
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=enter)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=first)
         except OSError as error:
             raise BenchError(f"{command[0]} cannot be run ({error.strerror}).", "Name a Python that has the peers.") from error
-    if done.returncode < 0:
-        raise KilledError(f"The {name} was killed for want of memory.", "The other rows do not need this one.")
+    remedy = "The other rows do not need this one."
+    if done.returncode == KILLED:
+        raise KilledError(f"The {name} was killed for want of memory.", remedy)
     if done.returncode:
-        raise BenchError(f"The {name} failed:\n{done.stderr.strip()[-2000:]}", "The other rows do not need this one.")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        cause = f" ({signal.strsignal(-done.returncode)})" if done.returncode < 0 else ""
+        raise BenchError(f"The {name} failed{cause}:\n{done.stderr.strip()[-2000:]}", remedy)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise BenchError(f"The {name} ended without a result:\n{done.stderr.strip()[-2000:]}", remedy) from error
     if "error" in found:
         raise BenchError(*found["error"])
     return found

@@ -84,7 +84,8 @@ class MeasuredLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as nn.Linear names it
         """Multiply. One row is told by its size: in decoding it has shape (1, 1, in). Not every kernel has a gradient."""
-        if input.numel() == self.in_features and input.dtype == self.weight.dtype and not torch.is_grad_enabled():
+        one = input.numel() == self.in_features and input.shape[-1:] == (self.in_features,)
+        if one and input.dtype == self.weight.dtype and not torch.is_grad_enabled():
             return self.kernel(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 

@@ -76,12 +76,12 @@ def limits(*, mapped: bool = False) -> dict[str, int]:
     left = {"available memory": psutil.virtual_memory().available}
     for version, folder in cgroups.groups("memory"):
         limit, usage, *names = CGROUP_FILES[version]
-        allowed, used = cgroups.numbers(folder / limit, folder / usage)
+        allowed, used = ((*cgroups.numbers(folder / name), None)[0] for name in (limit, usage))  # an empty file says nothing
         if allowed is not None and allowed < UNLIMITED:
             # File pages count as used but are given back on demand, also those that were read twice (active); but programs and
             # libraries are mapped, and without them nothing runs well.
             inactive, active, in_maps = (_stat(folder / "memory.stat", name) for name in names)
-            held = (used or 0) - inactive - (active if mapped else max(active - in_maps, 0))
+            held = max((used or 0) - inactive - (active if mapped else max(active - in_maps, 0)), 0)
             left["container limit"] = min(left.get("container limit", UNLIMITED), max(allowed - held, 0))
     with contextlib.suppress(MemoryBudgetError):  # set by JupyterHub's spawners, in bytes; 0 or nothing is no limit
         limit_size = parse_size(os.environ.get("MEM_LIMIT", ""))

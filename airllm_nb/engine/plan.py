@@ -132,7 +132,9 @@ class Plan:
         parts, rows = ("norm and head", ", embedding read by rows") if self.by_rows else ("embedding, norm and head", "")
         dtype = str(self.dtype).removeprefix("torch.")
         device, number, budget = self.reasons
-        read = format_size(self.streamed_nbytes) if streamed else "nothing"
+        read = f"{format_size(self.streamed_nbytes) if streamed else 'nothing'} read from disk"
+        if self.experts:
+            read = f"{read}, and experts" if streamed else "only experts read from disk, those that are not in memory"
         used, allowed, least = map(format_size, (self.used_nbytes, self.budget, self.least))
         return "\n".join((
             f"model     {self.name}",
@@ -144,7 +146,7 @@ class Plan:
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
             f"layers    {stay}; {format_size(self.always_nbytes)} of {parts} stay too{rows}",
             *([f"experts   {self.experts}"] if self.experts else ()),
-            f"per token {read} read from disk{', and experts' if self.experts else ''}",
+            f"per token {read}",
             *([f"kernels   {self.kernels}"] if self.kernels else []),
         ))  # fmt: skip
 

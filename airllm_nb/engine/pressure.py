@@ -62,7 +62,7 @@ class Watch:
         if now < self._next:
             return None
         self._next = now + INTERVAL
-        left, limit = memory.available(plan.device)
+        left, limit = memory.available(plan.device, mapped=plan.shared_nbytes is not None)
         if left >= SHORT:
             return None
         text = f"Memory is short ({format_size(left)} left of the {limit})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ def run_printing(command: Sequence[str]) -> None:
     Raises
     ------
     Interrupted
-        If the user interrupts: then the process has ended too.
+        If the user interrupts: then the process has ended too. A second interrupt does not wait for it.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(  # noqa: S603  # our own command, without a shell
@@ -39,10 +40,22 @@ def run_printing(command: Sequence[str]) -> None:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
+            process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            try:
+            # Windows has no such signal for a process: there it is killed at once.
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, ValueError):
+                process.send_signal(signal.SIGINT)
                 process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
             raise Interrupted("stopped; the rows above are measured") from None
+        finally:
+            if process.poll() is None:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process that leads a session, and those that it has started in it: nobody else would end them."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended; macOS then refuses
+        os.killpg(process.pid, signal.SIGKILL)

@@ -113,7 +113,7 @@ VERBS: dict[str, Parser] = {
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
     "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
-    "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; takes the same options.", nargs="?"),
+    "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; same options but --kernels.", nargs="?"),
     "bench": _bench_parser(),
 }
 for _verb in ("load", "plan"):

@@ -162,6 +162,49 @@ def test_a_process_that_fails_is_told_with_its_cause(root, tmp_path):
         processes.Bench(root).side("streams", root / "tiny", dtype="bfloat16", tokens=1, memory="lots")
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "x failed \\(Segmentation fault"),
+        ("pass", "x ended without a result"),
+        ("print('Bus 7')", "x ended without a result"),
+    ],
+)
+def test_a_process_that_ends_otherwise_is_not_short_of_memory(code, said):
+    with pytest.raises(BenchError, match=said) as failed:
+        processes._run("x", [sys.executable, "-c", f"import os, signal; {code}"], None)
+    assert not isinstance(failed.value, processes.KilledError)
+
+
+def test_where_no_file_can_be_dropped_and_no_limit_be_set(root, capsys, monkeypatch):
+    """As on Windows and macOS: the rows that need neither are measured."""
+    begin = subprocess.Popen.__init__
+
+    def windows(self, *arguments, preexec_fn=None, **options):
+        if preexec_fn is not None:
+            raise ValueError("preexec_fn is not supported on Windows platforms")
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", windows)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert command.main(["a", "c", "--shape", "tiny", "--tokens", "1", "--root", str(root)]) == 1
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert "not measured" not in first
+    assert "not measured: Files cannot be dropped from the page cache here." in second
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(root, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes.Bench, "side", None)
+    file = tmp_path / "file"
+    file.touch()
+    for option, path in [("--root", file), ("--root", file / "folder"), ("--json", tmp_path), ("--json", tmp_path / "no" / "a")]:
+        with pytest.raises(SystemExit):
+            command.main(["a", "--shape", "tiny", "--root", str(root), option, str(path)])
+        assert f"{option} {path} cannot be written (" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="No checkpoint can be made in"):
+        processes.Bench(file, shape="tiny").folder("1b")
+
+
 def test_what_the_page_cache_held_is_no_measurement(root, monkeypatch):
     monkeypatch.setattr(processes, "WHOLE", 0.95)
     bench = processes.Bench(root, shape="tiny")

@@ -285,7 +285,8 @@ def test_the_plan_says_what_is_read(mixture):
     text = {keep: str(plan(folder, device="cpu", dtype="float32", memory=memory)) for keep, memory in sizes.items()}
     assert "experts" not in text["all"]
     assert "experts   30.7 kB each, read when hit: 3 of 16 in a layer per token;" in text["none"]
-    assert "per token nothing read from disk, and experts" in text["half"]
+    assert "per token only experts read from disk, those that are not in memory" in text["half"]
+    assert " kB read from disk, and experts" in text["none"]
     with pytest.raises(MemoryBudgetError, match="at least"):
         plan(folder, device="cpu", dtype="float32", memory=sizes["none"] - 1)
 

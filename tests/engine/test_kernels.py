@@ -190,3 +190,17 @@ def test_plan_tells_what_loading_would_choose(checkpoint, always):
     assert f"kernels   {told.kernels}" in str(told)
     with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32", kernels="measured") as model:
         assert model.plan.kernels == told.kernels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_row_is_refused_as_by_linear(name):
+    layer = nn.Linear(64, 8)
+    kernels.attach(layer, (kernels.Choice(kernels._shape(layer), 1, name, 0.5),))
+    assert isinstance(layer, kernels.MeasuredLinear)
+    narrow = nn.Linear(1, 8)
+    kernels.attach(narrow, (kernels.Choice(kernels._shape(narrow), 1, name, 0.5),))
+    with torch.no_grad():
+        assert layer(torch.ones(64)).shape == (8,)
+        for module, shape in [(layer, (2, 32)), (layer, (4, 16)), (layer, (64, 1)), (narrow, ())]:
+            with pytest.raises(RuntimeError):
+                module(torch.ones(shape))

@@ -61,3 +61,14 @@ def test_cgroup_limits(tmp_path, monkeypatch, version):
     monkeypatch.setattr(cgroups, "OWN_CGROUPS", lines)
     assert memory.limits()["container limit"] == 530_000_000
     assert memory.limits(mapped=True)["container limit"] == 550_000_000
+
+
+@pytest.mark.parametrize("empty", ["memory.max", "memory.current", "memory.stat"])
+def test_an_empty_cgroup_file_says_nothing(tmp_path, monkeypatch, empty):
+    for name, text in {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "inactive_file 200\n"}.items():
+        (tmp_path / name).write_text("" if name == empty else text)
+    monkeypatch.setattr(cgroups, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/\n")
+    expected = {"memory.max": None, "memory.current": 1000, "memory.stat": 300}
+    assert memory.limits().get("container limit") == expected[empty]

@@ -262,6 +262,17 @@ def test_what_is_mapped_stays(checkpoint, short):
         assert len(resident(model)) == 4
 
 
+@pytest.mark.parametrize("shared", [False, "insist"])
+def test_its_own_mapped_pages_are_no_want(checkpoint, monkeypatch, shared):
+    """What is left is asked as it was for the budget: active file pages may be the model's own."""
+    looks = []
+    with load(checkpoint(), dtype="bfloat16", shared=shared) as model:
+        monkeypatch.setattr(memory, "limits", lambda *, mapped=False: looks.append(mapped) or {"available memory": MANY})
+        monkeypatch.setattr(pressure, "INTERVAL", 0.0)
+        model(IDS)
+    assert set(looks) == {bool(shared)}
+
+
 def test_a_forgotten_model_is_freed(checkpoint, short):
     threads = threading.active_count()
     model = load(checkpoint())

@@ -1,15 +1,11 @@
 """The magics, through a real IPython shell and the real engine."""
 
 import gc
-import os
 import subprocess
 import sys
 import weakref
 
 import pytest
-
-from airllm_nb.notebook.children import run_printing
-from airllm_nb.notebook.summary import Interrupted
 
 LOAD = "%airllm load {} --device cpu --dtype float32"
 
@@ -116,21 +112,6 @@ def test_bench(shell, tmp_path):
     assert table[2].startswith("| a | fits in memory")
     assert (tmp_path / "found.json").exists()
     assert "there is no row 'z'" in shell.run("%airllm bench z")
-
-
-def test_stopping_a_process_that_works_for_a_cell(capsys):
-    """The interrupt comes while its output is awaited; afterwards it is gone."""
-    code = """
-import os, signal, time
-print(os.getpid(), flush=True)
-time.sleep(0.5)
-os.kill(os.getppid(), signal.SIGINT)
-time.sleep(60)
-"""
-    with pytest.raises(Interrupted, match="the rows above"):
-        run_printing([sys.executable, "-c", code])
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(capsys.readouterr().out), 0)
 
 
 def test_sharing(shell, chat):
