@@ -17,6 +17,7 @@ MARKS = ("has_bias", "is_transposed", "_apply_gate")
 GROUPED = frozenset(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"))
 """The functions by which transformers multiplies groups of rows with a stack of matrices: ``f(rows, stack, offs=ends)``."""
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+PER_LAYER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def stacks(model: Any) -> list[tuple[str, ...]]:
@@ -41,5 +42,15 @@ def stacks(model: Any) -> list[tuple[str, ...]]:
 
 def per_token(config: Any) -> int | None:
     """Return how many experts of a layer one token hits; None if the config does not say."""
+    return _number(config, PER_TOKEN)
+
+
+def chosen_share(config: Any) -> float:
+    """Return which share of a layer's experts one token hits; 1 if the config does not say."""
+    chosen, experts = per_token(config), _number(config, PER_LAYER)
+    return min(chosen / experts, 1.0) if chosen and experts else 1.0
+
+
+def _number(config: Any, names: tuple[str, ...]) -> int | None:
     text = compat_config.text_config(config)
-    return next((value for name in PER_TOKEN if isinstance(value := compat_config.field(text, name), int)), None)
+    return next((value for name in names if isinstance(value := compat_config.field(text, name), int)), None)

@@ -157,14 +157,23 @@ def _version_5(model: Any, shapes: Mapping[str, tuple[int, ...]], wanted: Tensor
     return found, unused
 
 
+PROBES = ((8, 12, 16, 20), (12, 8, 20, 16))
+"""Sizes of the tensors that a conversion is tried with. One set would not do: some permutations move nothing of two rows, or
+where each head has two."""
+
+
 def _joined(convert: Callable[[Tensors], Tensors], dimensions: Mapping[str, int]) -> tuple[str, ...] | None:
     """Return the order in which a conversion to one tensor puts its sources' elements; None if it does anything else to them.
 
     The conversion is asked, not its description: it gets numbers, in tensors as many as the sources and otherwise small.
     """
+    orders = {_order(convert, {name: sizes[:count] for name, count in dimensions.items()}) for sizes in PROBES}
+    return orders.pop() if len(orders) == 1 else None
+
+
+def _order(convert: Callable[[Tensors], Tensors], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
     numbers, begin = {}, 0
-    for name, count in dimensions.items():
-        shape = (2, 4, 6, 8)[:count]
+    for name, shape in shapes.items():
         numbers[name] = torch.arange(begin, begin + math.prod(shape), device="cpu").view(shape)
         begin += math.prod(shape)
     firsts = {int(tensor.view(-1)[0]): name for name, tensor in numbers.items()}

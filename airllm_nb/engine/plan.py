@@ -43,10 +43,14 @@ class ExpertsPlan:
         """Bytes that experts may occupy."""
         return expert_stacks.occupied(self.slots)
 
+    @property
+    def share(self) -> float:
+        """The share of all experts that may be in memory, from 0 to 1."""
+        return min(1.0, self.used_nbytes / self.total_nbytes)
+
     def __str__(self) -> str:
         hit = f"{self.per_token} of {self.per_layer}" if self.per_token else f"some of {self.per_layer}"
-        share = min(1.0, self.used_nbytes / self.total_nbytes)
-        return f"{format_size(self.nbytes)} each, read when hit: {hit} in a layer per token; {share:.0%} of all stay"
+        return f"{format_size(self.nbytes)} each, read when hit: {hit} in a layer per token; {self.share:.0%} of all stay"
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,23 @@ class Plan:
     kernels: str = ""
     experts: ExpertsPlan | None = None
 
-    def predict(self) -> Prediction | None:
+    def predict(self, *, write: bool = True) -> Prediction | None:
         """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
+
+        The probe reads some of the weights that are here.
+
+        Parameters
+        ----------
+        write : bool
+            Whether it may write a temporary file of up to 256 MB, never beside the weights, where only that tells the disk's
+            speed: the weights are not here yet, or all in the page cache.
 
         Returns
         -------
         Prediction or None
             None for anything but the CPU: what is not measured is not guessed.
         """
-        return predict(self.work, self.dtype) if self.device.type == "cpu" else None
+        return predict(self.work, self.dtype, write=write) if self.device.type == "cpu" else None
 
     @property
     def used_nbytes(self) -> int:

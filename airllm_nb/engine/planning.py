@@ -106,7 +106,9 @@ def prepare(
     reserve = ACTIVATIONS + cache_nbytes(skeleton.model.config, len(sizes), number)
     budget, reason = _budget(memory, chosen, reserve, least, mapped=bool(shared))
     decision = decide_with_experts(always, sizes, without, few, budget, embedding)
+    whole = skeleton
     skeleton, stacks = (lean, stacks) if decision.experts else (skeleton, ())
+    experts = _plan_experts(stacks, decision.experts, skeleton.model.config) if stacks else None
     layers = tuple(
         LayerInfo(index, layer.group.name, layer.group.nbytes, resident)
         for index, (layer, resident) in enumerate(zip(skeleton.layers, decision.resident, strict=True))
@@ -115,10 +117,11 @@ def prepare(
         name=name, device=chosen, dtype=number, layers=layers, budget=budget, least=decision.least,
         always_nbytes=always if decision.by_rows else always + embedding, total_nbytes=total,
         checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=_streamed(skeleton, layers, checkpoint), window=decision.window,
-        reasons=(*reasons, reason), threads=compute_threads(), work=work_of(skeleton, checkpoint, decision),
+        reasons=(*reasons, reason), threads=compute_threads(),
+        work=work_of(whole, skeleton, checkpoint, decision, experts.share if experts else 1.0),
         shared_nbytes=_mapped(skeleton, layers, checkpoint, by_rows=decision.by_rows) if shared else None,
         by_rows=decision.by_rows, kernels=one_row.use(skeleton.model, kernels, budget),
-        experts=_plan_experts(stacks, decision.experts, skeleton.model.config) if stacks else None,
+        experts=experts,
     )  # fmt: skip
     return Prepared(skeleton, plan, stacks)
 

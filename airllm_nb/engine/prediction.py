@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from airllm_nb.compat.config import field, text_config
+from airllm_nb.compat import experts as compat_experts
+from airllm_nb.compat.keys import Recipe
 from airllm_nb.engine import memory, probe, sample
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.memory import format_size
@@ -29,11 +29,13 @@ class Work:
     computed : tuple of int
         For each layer, the weights that compute for one token in the dtype they compute in: of experts, those that are chosen.
     read : tuple of int
-        For each layer, what is read, as published; 0 for one that stays.
+        For each layer, what is read ahead, as published; 0 for one that stays.
+    missing : tuple of int
+        For each layer, what is read when it is hit, as published: of the experts that are chosen, those that no slot may hold.
     rest : int
         The weights that compute after the last layer: the head.
     streamed : tuple of TensorEntry
-        The tensors that are read.
+        The tensors that are read, ahead or when they are hit.
     slots : int
         Buffers that they are read into.
     room : int
@@ -45,6 +47,7 @@ class Work:
     shapes: tuple[tuple[int, int], ...]
     computed: tuple[int, ...]
     read: tuple[int, ...]
+    missing: tuple[int, ...]
     rest: int
     streamed: tuple[TensorEntry, ...]
     slots: int
@@ -52,40 +55,57 @@ class Work:
     checkpoint: Checkpoint
 
 
-def work_of(skeleton: Skeleton, checkpoint: Checkpoint, decision: Residency) -> Work:
-    """Find out from headers alone what one token asks for."""
+def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decision: Residency, held: float = 1.0) -> Work:
+    """Find out from headers alone what one token asks for.
+
+    Parameters
+    ----------
+    whole, skeleton : Skeleton
+        The model, and the same one as it is loaded: its layers may lack experts, which are then read when they are hit.
+    checkpoint : Checkpoint
+        Where the weights lie.
+    decision : Residency
+        What stays.
+    held : float
+        The share of all experts that may be in memory. Those that are hit most often are, so a token misses fewer than the rest.
+    """
     sources = [
-        () if stays else tuple(checkpoint[source] for recipe in layer.group.recipes for source in recipe.sources)
+        () if stays else _entries(layer.group.recipes, checkpoint)
         for layer, stays in zip(skeleton.layers, decision.resident, strict=True)
     ]
-    chosen = _chosen_share(skeleton.model.config)
+    chosen = compat_experts.chosen_share(whole.model.config)
     computed = [
         sum(weight.nbytes * (chosen if _is_expert(weight) else 1) for weight in layer.group.weights.values())
-        for layer in skeleton.layers
+        for layer in whole.layers
     ]
+    experts = [
+        _entries([recipe for recipe in full.group.recipes if recipe.targets.keys() - lean.group.weights.keys()], checkpoint)
+        for full, lean in zip(whole.layers, skeleton.layers, strict=True)
+    ]
+    streamed = [entry for ahead, hit in zip(sources, experts, strict=True) for entry in (*ahead, *hit)]
     # Most layers are like the middle one; the first may have other matrices (no experts, for one).
-    middle = skeleton.layers[len(skeleton.layers) // 2].group.weights.values()
+    middle = whole.layers[len(whole.layers) // 2].group.weights.values()
     head = skeleton.model.get_output_embeddings()
     rest = 0 if head is None else head.weight.numel() * head.weight.dtype.itemsize
     kept = [layer.group.nbytes for layer, stays in zip(skeleton.layers, decision.resident, strict=True) if stays]
-    left = memory.available(torch.device("cpu"))[0] - skeleton.always.nbytes - sum(kept) - sum(decision.window)
+    left = memory.available(torch.device("cpu"))[0] - skeleton.always.nbytes - sum(kept) - sum(decision.window) - decision.experts
     return Work(
         tuple((weight.shape[-2], weight.shape[-1]) for weight in middle if len(weight.shape) > 1), tuple(map(int, computed)),
-        tuple(sum(entry.nbytes for entry in entries) for entries in sources), rest,
-        tuple(entry for entries in sources for entry in entries), len(decision.window), max(left, 0), checkpoint,
+        tuple(map(_nbytes, sources)), tuple(int(_nbytes(entries) * chosen * (1 - held)) for entries in experts), rest,
+        tuple(streamed), len(decision.window), max(left, 0), checkpoint,
     )  # fmt: skip
+
+
+def _entries(recipes: Sequence[Recipe], checkpoint: Checkpoint) -> tuple[TensorEntry, ...]:
+    return tuple(checkpoint[source] for recipe in recipes for source in recipe.sources)
+
+
+def _nbytes(entries: Sequence[TensorEntry]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 def _is_expert(weight: Weight) -> bool:
     return ".experts." in weight.name and len(weight.shape) > 1
-
-
-def _chosen_share(config: Any) -> float:
-    """Return which share of a layer's experts computes for one token."""
-    text = text_config(config)
-    chosen = field(text, "num_experts_per_tok")
-    experts = next(filter(None, (field(text, name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))), None)
-    return chosen / experts if chosen and experts else 1.0
 
 
 @dataclass(frozen=True)
@@ -124,36 +144,54 @@ class Prediction:
         return f"about {self.seconds:.2g} s per token ({', '.join(parts)})"
 
 
-def predict(work: Work, dtype: torch.dtype) -> Prediction:
+def predict(work: Work, dtype: torch.dtype, *, write: bool = True) -> Prediction:
     """Predict the seconds per token on the CPU, after measuring what is not known yet.
 
     A layer takes the time that its weights need at the speed of linear layers of its shapes with one row, for which memory sets
     the pace, and what transformers takes beside that for any layer. Reading a layer takes its bytes at the disk's speed, or at
     what the page cache makes of it, if the share of the files that is there now finds room beside the weights; conversion is
-    part of it. How these times fall together says `seconds_per_token`. Not counted: attention to a long conversation.
+    part of it. How these times fall together says `seconds_per_token`. An expert that is read when it is hit keeps its layer
+    waiting. Not counted: attention to a long conversation.
+
+    Parameters
+    ----------
+    work, dtype : Work, torch.dtype
+        What one token asks for, and what it computes in.
+    write : bool
+        Whether a temporary file may be written where only that tells the disk's speed.
     """
     try:
-        overhead = probe.layer_overhead()
-        if not work.streamed:
-            rate = probe.computing(work.shapes, dtype)
-            return Prediction(sum(work.computed) / rate + work.rest / rate + overhead * len(work.computed), rate)
-        return _predict_streaming(work, dtype, overhead)
+        with sample.enough_memory():
+            return _predict(work, dtype, write=write)
     except Unmeasurable as reason:
         return Prediction(None, note=str(reason))
 
 
-def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float) -> Prediction:
+def _predict(work: Work, dtype: torch.dtype, *, write: bool) -> Prediction:
+    overhead = probe.layer_overhead()
+    if work.streamed:
+        return _predict_streaming(work, dtype, overhead, write=write)
+    rate = probe.computing(work.shapes, dtype)
+    return Prediction(sum(work.computed) / rate + work.rest / rate + overhead * len(work.computed), rate)
+
+
+def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write: bool) -> Prediction:
     cached = sample.cached_share(work.checkpoint, work.streamed)
     in_memory = sample.in_memory(work.checkpoint.folder)
-    stays = cached if cached > LITTLE and (in_memory or cached * sum(work.read) <= work.room) else 0.0
-    reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays)
+    stays = cached if cached > LITTLE and (in_memory or cached * _nbytes(work.streamed) <= work.room) else 0.0
+    reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays, write=write)
     seconds = seconds_per_token(
-        [nbytes / computing.alone + overhead for nbytes in work.computed],
+        [
+            nbytes / computing.alone + missing / reading.alone + overhead
+            for nbytes, missing in zip(work.computed, work.missing, strict=True)
+        ],
         [nbytes / reading.alone for nbytes in work.read],
         work.rest / computing.alone,
         work.slots,
         slowed=(computing.share, reading.share),
     )
+    # What is read ahead and what is read when it is hit share one disk.
+    seconds = max(seconds, (sum(work.read) + sum(work.missing)) / reading.alone)
     source = "memory" if in_memory else "page cache" if stays > 1 - LITTLE else "disk"
     return Prediction(seconds, computing.alone, reading.alone, source, stays if source == "disk" else 0.0)
 

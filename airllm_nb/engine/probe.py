@@ -106,7 +106,13 @@ def computing(shapes: Shapes, dtype: torch.dtype) -> float:
 
 
 def streaming(
-    checkpoint: Checkpoint, entries: Sequence[TensorEntry], shapes: Shapes, dtype: torch.dtype, cached: float = 0.0
+    checkpoint: Checkpoint,
+    entries: Sequence[TensorEntry],
+    shapes: Shapes,
+    dtype: torch.dtype,
+    cached: float = 0.0,
+    *,
+    write: bool = True,
 ) -> tuple[Speed, Speed]:
     """Return how fast tensors are read and how fast is computed: alone, and both at once.
 
@@ -118,8 +124,10 @@ def streaming(
         What computes, and in what.
     cached : float
         The share of `entries` that the page cache holds, by `cached_share`, and goes on holding. Where it holds more than that,
-        and where the files are not here yet, a temporary file beside them tells the disk's speed: written, dropped from the
-        page cache, read and deleted.
+        and where the files are not here yet, a temporary file on the same disk tells its speed: written, dropped from the page
+        cache, read and deleted.
+    write : bool
+        Whether it may be written.
 
     Raises
     ------
@@ -132,6 +140,8 @@ def streaming(
         if checkpoint.states and cached_share(checkpoint, entries) <= cached + LITTLE:
             with Sample(checkpoint, entries, dtype) as sample:
                 return _both(sample, shapes, dtype)
+        if not write:
+            raise Unmeasurable("the disk cannot be measured without writing to it")
         with temporary(checkpoint.folder, published) as other, Sample(other, list(other.values()), dtype) as sample:
             found = _both(sample, shapes, dtype)
             if sample.missed == 0:
@@ -187,12 +197,12 @@ def _remembered(key: tuple[Any, ...], measure: Callable[[], T]) -> T:
 def _both(sample: Sample, shapes: Shapes, dtype: torch.dtype) -> tuple[Speed, Speed]:
     alone = sample.rate(2 * SECONDS)
     compute = computing(shapes, dtype)
-    results: list[float | Unmeasurable] = []
+    results: list[float | Exception] = []
 
     def read() -> None:
         try:
             results.append(sample.rate(2 * SECONDS))
-        except Unmeasurable as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller is who can tell
             results.append(error)
 
     linears = Linears(shapes, dtype)
@@ -202,6 +212,7 @@ def _both(sample: Sample, shapes: Shapes, dtype: torch.dtype) -> tuple[Speed, Sp
         meanwhile = linears.rate(thread.is_alive)
     finally:
         thread.join()
-    if isinstance(results[0], Unmeasurable):
-        raise results[0]
-    return Speed(alone, results[0]), Speed(compute, meanwhile)
+    (found,) = results
+    if isinstance(found, Exception):
+        raise found
+    return Speed(alone, found), Speed(compute, meanwhile)

@@ -1,4 +1,4 @@
-"""Reads from a checkpoint, or from a temporary file in its place, as the engine does: to measure how fast that goes here."""
+"""Reads from a checkpoint, or from a temporary file on the same disk, as the engine does: to measure how fast that goes here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from airllm_nb.engine import memory
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, TensorEntry
 from airllm_nb.engine.hub import SINGLE
+from airllm_nb.engine.page_cache import Residue
 from airllm_nb.engine.reader import CHUNK, Reader
 from airllm_nb.engine.weights import GroupReader
 from airllm_nb.errors import AirLLMError
@@ -32,6 +35,7 @@ WRITING = 0.6
 """Seconds that writing it may take."""
 LITTLE = 0.15
 """A share of what is read that makes no difference."""
+UNTOLD = "this system does not tell what it reads from the disk and what from memory"
 
 
 class Unmeasurable(Exception):  # noqa: N818  # a fact to be told, not an error of anybody
@@ -73,7 +77,7 @@ class Sample:
         for entry in self._random.choices(self._entries, [entry.nbytes for entry in self._entries], k=count):
             held = self._reader.is_cached(entry.file, entry.offset + self._random.randrange(entry.nbytes))
             if held is None:
-                raise Unmeasurable("this system does not tell what it reads from the disk and what from memory")
+                raise Unmeasurable(UNTOLD)
             found += held
         return found / count
 
@@ -142,15 +146,47 @@ def room_for(wanted: int, part: int) -> int:
 
 
 @contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise `Unmeasurable` if memory runs out: what is free when a measurement begins may be gone a moment later."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on the CPU, only words
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|not enough memory", str(error)):
+            raise
+        raise Unmeasurable("too little memory is free to measure") from error
+
+
+def scratch(folder: Path) -> Path:
+    """Return a folder for temporary files that lies on the same disk as a checkpoint's, which may be everybody's.
+
+    Raises
+    ------
+    Unmeasurable
+        If there is none.
+    """
+    device = folder.stat().st_dev
+    for place in map(Path, (tempfile.gettempdir(), constants.HF_HOME)):
+        inside = Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
+        if place.is_dir() and os.access(place, os.W_OK) and place.stat().st_dev == device and not (inside or in_memory(place)):
+            return place
+    raise Unmeasurable("the disk cannot be measured: the folder for temporary files is not on it")
+
+
+@contextlib.contextmanager
 def temporary(folder: Path, dtype: torch.dtype) -> Iterator[Checkpoint]:
-    """Make a checkpoint of one tensor of random bytes in a folder, on the disk and not in the page cache."""
+    """Make a checkpoint of one tensor of random bytes on a folder's disk but elsewhere, and not in the page cache."""
+    if not hasattr(os, "posix_fadvise"):  # macOS and Windows
+        raise Unmeasurable(UNTOLD)
     name = next(name for name, known in DTYPES.items() if known == dtype)
     try:
-        if psutil.disk_usage(str(folder)).free < 4 * FILE:
+        place = scratch(folder)
+        if psutil.disk_usage(str(place)).free < 4 * FILE:
             raise Unmeasurable("the disk cannot be measured: it is nearly full")
-        with tempfile.TemporaryDirectory(prefix=".airllm_nb-", dir=folder) as made:
+        with tempfile.TemporaryDirectory(prefix="airllm_nb-", dir=place) as made:
             block, size, end = os.urandom(CHUNK), 0, time.perf_counter() + WRITING
             with Path(made, SINGLE).open("wb", buffering=0) as file:
+                if not Residue(file.fileno()).known:
+                    raise Unmeasurable(UNTOLD)
                 file.seek(HEADER)
                 while size < FILE and time.perf_counter() < end:
                     size += file.write(block)

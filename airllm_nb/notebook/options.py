@@ -112,7 +112,11 @@ VERBS: dict[str, Parser] = {
     "unload": Parser("%airllm unload", "Free the model and its memory."),
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
-    "plan": _model_parser("plan", "Show what loading a model would mean, without reading weights; takes the same options."),
+    "plan": _model_parser(
+        "plan",
+        "Show what loading a model would mean, from headers alone: no weight is downloaded. Seconds per token come from a short "
+        "probe that reads some of what is here. Takes the same options.",
+    ),
     "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; same options but --kernels.", nargs="?"),
     "bench": _bench_parser(),
 }

@@ -28,16 +28,16 @@ def layers(model: LayeredModel | Plan) -> str:
     return f"{count} layers, all streamed" if not stay else f"{count} layers, {stay} resident, {count - stay} streamed"
 
 
-def plan(decided: Plan) -> str:
-    """Describe a plan, and how fast it will run if that can be told."""
-    prediction = decided.predict()
+def plan(decided: Plan, *, write: bool = True) -> str:
+    """Describe a plan, and how fast it will run if that can be told; `write` as for `Plan.predict`."""
+    prediction = decided.predict(write=write)
     return f"{decided}\nspeed     {prediction}" if prediction else str(decided)
 
 
 def status(model: LayeredModel) -> str:
     """Describe the loaded model, where it computes and why, what stays in memory, and how fast it runs."""
     context = f"{model.context_length} tokens" if model.context_length else "no fixed length"
-    return f"{plan(model.plan)}\ncontext   {context}"
+    return f"{plan(model.plan, write=False)}\ncontext   {context}"
 
 
 def devices(infos: tuple[DeviceInfo, ...]) -> str:

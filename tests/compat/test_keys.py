@@ -89,3 +89,21 @@ def test_only_joining_is_joining():
     assert keys._joined(lambda t: {"x": torch.cat([t["a"], t["a"], t["b"]])}, shapes) is None
     assert keys._joined(lambda t: {"x": torch.cat([t["a"], t["b"]]) + 1}, shapes) is None
     assert keys._joined(lambda t: {"x": t["a"].view(3, 5)}, shapes) is None
+
+
+def test_what_moves_nothing_of_the_smallest_tensors_is_no_joining():
+    def interleave(tensors):
+        return {"x": tensors["a"].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)}
+
+    def rope(heads):
+        def permute(tensors):
+            rows, columns = tensors["a"].shape
+            return {"x": tensors["a"].view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)}
+
+        return permute
+
+    two = torch.arange(8).view(2, 4)
+    for convert in (interleave, rope(1)):
+        assert torch.equal(convert({"a": two})["x"], two)
+        assert keys._joined(convert, {"a": 2}) is None
+    assert keys._joined(rope(4), {"a": 2}) is keys._joined(rope(6), {"a": 2}) is None

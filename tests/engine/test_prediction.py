@@ -1,16 +1,21 @@
 """What is predicted from sizes and speeds. Speeds themselves are the probe's; nothing here is timed."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from airllm_nb import LayeredModel, plan
-from airllm_nb.engine import probe
+from airllm_nb.compat import experts
+from airllm_nb.engine import probe, sample
 from airllm_nb.engine.prediction import Prediction, seconds_per_token
 from airllm_nb.engine.residency import decide
+from airllm_nb.notebook import report
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +112,48 @@ def test_of_experts_only_the_chosen_compute(checkpoint):
     assert planned.work.computed == tuple(layer.nbytes - experts * 3 // 4 for layer in planned.layers)
 
 
+def test_experts_that_are_read_when_they_are_hit_compute_too(checkpoint):
+    folder = checkpoint("mixtral")
+    whole = plan(folder, device="cpu", dtype="float32", memory="1TB")
+    seconds = []
+    for memory in (whole.least, (whole.least + whole.total_nbytes) // 2):
+        lean = plan(folder, device="cpu", dtype="float32", memory=memory)
+        if lean.experts is None:
+            pytest.skip("this version of transformers does not tell its experts apart")
+        assert lean.work.computed == whole.work.computed
+        assert lean.work.shapes == whole.work.shapes
+        published = 4 * 3 * 64 * 96 * 2  # bfloat16, of one layer; a token hits half of them
+        assert lean.work.missing == (int(published / 2 * (1 - lean.experts.share)),) * len(lean.layers)
+        assert sum(entry.nbytes for entry in lean.work.streamed) == sum(lean.work.read) + published * len(lean.layers)
+        found = lean.predict()
+        assert found.seconds is not None, found.note
+        seconds.append(found.seconds)
+    assert min(seconds) > whole.predict().seconds
+    assert whole.work.missing == (0,) * len(whole.layers)
+
+
+def test_the_chosen_share_of_experts_has_many_names():
+    for chosen in experts.PER_TOKEN:
+        for number in experts.PER_LAYER:
+            assert experts.chosen_share(SimpleNamespace(**{chosen: 2, number: 8})) == 0.25
+    assert experts.chosen_share(SimpleNamespace(num_experts=8)) == 1
+
+
+def test_memory_that_runs_out_meanwhile_is_no_reason_to_raise_and_a_bug_is(checkpoint, monkeypatch):
+    planned = plan(checkpoint(), device="cpu", dtype="float32", memory=plan(checkpoint(), device="cpu", dtype="float32").least)
+    real = sample.Sample.rate
+    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(), KeyError("a bug")):
+
+        def rate(self, seconds, error=error):
+            if threading.current_thread() is not threading.main_thread():
+                raise error
+            return real(self, seconds)
+
+        monkeypatch.setattr(sample.Sample, "rate", rate)
+        with pytest.raises(KeyError, match="a bug") if isinstance(error, KeyError) else contextlib.nullcontext():
+            assert planned.predict().note == "too little memory is free to measure"
+
+
 def test_files_that_are_gone_or_changed_are_no_reason_to_raise(damaged):
     folder = damaged()
     planned = plan(folder, device="cpu", dtype="bfloat16", memory=plan(folder, device="cpu", dtype="bfloat16").least)
@@ -120,6 +167,18 @@ def test_files_that_are_gone_or_changed_are_no_reason_to_raise(damaged):
 def test_a_loaded_model_tells_too(checkpoint):
     with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32") as model:
         assert model.plan.predict().seconds > 0
+
+
+def test_a_status_writes_nothing(checkpoint, monkeypatch):
+    folder = checkpoint()
+    least = plan(folder, device="cpu", dtype="float32").least
+    monkeypatch.setattr(probe, "temporary", None)  # to write would raise
+    monkeypatch.setattr(probe, "cached_share", lambda *_: 1.0)
+    monkeypatch.setattr(sample, "cached_share", lambda *_: 0.0)
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=least) as model:
+        assert "not predicted: the disk cannot be measured without writing to it" in report.status(model)
+        with pytest.raises(TypeError):
+            report.plan(model.plan)
 
 
 def test_words():

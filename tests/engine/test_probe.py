@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,54 @@ def test_a_temporary_file_stands_for_what_is_not_here(large, tmp_path):
 
 
 @LINUX
+def test_nothing_is_written_beside_the_weights_nor_where_it_is_not_wanted(large, tmp_path, monkeypatch):
+    entries = list(large.values())
+    next(iter(large.states)).read_bytes()
+    with pytest.raises(sample.Unmeasurable, match="without writing"):
+        probe.streaming(large, entries, SHAPES, torch.bfloat16, write=False)
+    home = tmp_path.parent / f"{tmp_path.name}-home"
+    home.mkdir()
+    monkeypatch.setattr(sample.constants, "HF_HOME", str(home))
+    monkeypatch.setattr(sample.tempfile, "gettempdir", lambda: str(tmp_path))  # the checkpoint's own folder
+    assert sample.scratch(tmp_path) == home
+    with sample.temporary(tmp_path, torch.bfloat16) as made:
+        assert made.folder.parent == home
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert list(home.iterdir()) == []
+    monkeypatch.setattr(sample.constants, "HF_HOME", "/dev/shm")
+    with pytest.raises(sample.Unmeasurable, match="the disk cannot be measured: the folder for temporary files is not on it"):
+        probe.streaming(large, entries, SHAPES, torch.bfloat16)
+
+
+@pytest.mark.parametrize("missing", ["posix_fadvise", "mincore"])
+def test_a_system_that_does_not_tell_is_not_measured(tmp_path, monkeypatch, missing):
+    if missing == "mincore":
+        monkeypatch.setattr(page_cache, "_mincore", None)
+    else:
+        monkeypatch.delattr(os, missing, raising=False)
+    with pytest.raises(sample.Unmeasurable, match="does not tell"), sample.temporary(tmp_path, torch.bfloat16):
+        pass
+
+
+def test_what_the_reading_thread_raises_is_raised():
+    def rate(_):
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("a bug")
+        return 1.0
+
+    with pytest.raises(ValueError, match="a bug"):
+        probe._both(SimpleNamespace(rate=rate), SHAPES, torch.float32)
+
+
+def test_only_memory_that_ran_out_is_no_error():
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")):
+        with pytest.raises(sample.Unmeasurable, match="too little memory"), sample.enough_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="shape"), sample.enough_memory():
+        raise RuntimeError("shape")
+
+
+@LINUX
 def test_all_in_the_page_cache_leaves_it_there(large):
     """The disk is then measured with a file of our own: the page cache is everybody's."""
     entries = list(large.values())
@@ -130,6 +179,8 @@ def test_all_in_the_page_cache_leaves_it_there(large):
 
 @pytest.mark.parametrize(("free", "error"), [(0, "nearly full"), (1 << 50, "No such file")])
 def test_a_disk_that_cannot_be_measured_says_why(tmp_path, monkeypatch, free, error):
+    if not free:
+        monkeypatch.setattr(sample, "scratch", lambda folder: folder)
     monkeypatch.setattr(sample.psutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(sample.Unmeasurable, match=error), sample.temporary(tmp_path / "gone", torch.bfloat16):
         pass
