@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +68,7 @@ class LayeredModel:
         self._runtime = Runtime(skeleton.layers, plan)
         groups = (skeleton.always, *filter(None, (skeleton.embedding,)), *(layer.group for layer in skeleton.layers))
         self._streams: list[WeightStream | ExpertStore] = []
-        self._free = weakref.finalize(self, _release, self._streams, groups, reader)
+        self._free = weakref.finalize(self, _release, weakref.ref(self), os.getpid(), self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
 
@@ -319,9 +321,30 @@ class LayeredModel:
         return values.to(self.device) if type(values) is torch.Tensor else values
 
 
-def _release(streams: list[WeightStream | ExpertStore], groups: Sequence[WeightGroup], reader: Reader) -> None:
-    """Let go of the weights, when the model is closed or forgotten. Must not reach the model, or it never would be."""
+def _release(
+    model: weakref.ref[LayeredModel],
+    process: int,
+    streams: list[WeightStream | ExpertStore],
+    groups: Sequence[WeightGroup],
+    reader: Reader,
+) -> None:
+    """Let go of the weights, when the model is closed or forgotten, or Python exits. Must not keep the model: it never would be.
+
+    A model that still lives is closed, here and now. One that does not was forgotten, and the garbage collector may run on any
+    thread: on one that holds a lock of what is to be closed, or that this would wait for. Then a thread of its own waits.
+    """
     reader.stopped = True
+    if os.getpid() == process and model() is not None:
+        _close(streams, groups, reader)
+        return
+    for group in groups:  # at once: what is loaded next needs the memory
+        group.detach()
+    if os.getpid() == process:  # in a forked one there is no thread to stop, and a lock that it held stays locked
+        with contextlib.suppress(RuntimeError):  # Python exits, and starts no more threads
+            threading.Thread(target=_close, args=(streams, groups, reader), name="airllm_nb-release", daemon=True).start()
+
+
+def _close(streams: list[WeightStream | ExpertStore], groups: Sequence[WeightGroup], reader: Reader) -> None:
     for stream in streams:
         stream.close()
     for group in groups:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny import SHAPE, budgets, make_checkpoint
+from waiting import wait_for
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import versions
@@ -191,7 +192,7 @@ def test_a_forgotten_model_goes(mixture):
     del model
     gc.collect()
     assert gone() is None
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_a_disk_that_fails_in_the_middle_of_an_expert(mixture, monkeypatch):
@@ -382,6 +383,22 @@ def test_a_failure_is_raised_where_the_expert_is_needed_and_tried_again():
         assert visit(store, 0, [0, 1, 2]) == {0: 0, 1: 1, 2: 2}
     broken.clear()
     assert len(visit(store, 0, range(8))) == 8
+    store.close()
+
+
+def test_memory_that_is_missing_is_told_and_tried_again(monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("can't allocate memory")
+
+    store = make_store(fill, room=4)
+    with monkeypatch.context() as short:
+        short.setattr(torch, "empty", missing)
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="allocate"):
+                visit(store, 0, range(8))
+    assert len(visit(store, 0, range(8))) == 8
+    wait_for(lambda: not store._reading)
+    assert len(store._held) == 4
     store.close()
 
 
