@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from airllm_nb.engine.expert_stacks import ExpertStack
-from airllm_nb.engine.patience import LAST, Unanswered, wait
+from airllm_nb.engine.patience import LAST, Unanswered, require_here, wait
 from airllm_nb.engine.weights import ALIGN
 from airllm_nb.errors import AirLLMError
 
@@ -71,7 +71,8 @@ class ExpertStore:
         self._reading: set[Key] = set()
         self._failed: dict[Key, BaseException] = {}
         self._jobs: deque[Key] = deque()
-        self._wanted: set[Key] = set()  # not to be dropped
+        self._wanted: set[Key] = set()  # not to be dropped: for the visit under way, and for the next one if there is room
+        self._needed: set[Key] = set()  # for the visit under way
         self._ahead: set[Key] = set()  # read for the visit under way, and not used yet
         self._scores: dict[Key, float] = {}
         self._now: set[Key] = set()  # hit in this pass
@@ -104,6 +105,7 @@ class ExpertStore:
         AirLLMError
             If reading one failed, or the model was unloaded. The next visit tries again.
         """
+        require_here(self._threads, closed=lambda: self._closed)
         left = {(number, expert): None for expert in experts}
         self._begin(number, left)
         while left:
@@ -121,6 +123,7 @@ class ExpertStore:
             del left[key]
             with self._lock:
                 self._wanted.discard(key)
+                self._needed.discard(key)
                 self._ahead.discard(key)
                 waiting = bool(self._jobs)
             if waiting:
@@ -154,7 +157,7 @@ class ExpertStore:
             missing = [key for key in (*keys, *later) if key not in self._held and key not in self._reading]
             self.misses += sum(key not in self._held for key in new)
             self.hits += sum(key in self._held for key in new)
-            self._wanted, self._ahead = {*keys, *later}, set()
+            self._wanted, self._needed, self._ahead = {*keys, *later}, set(keys), set()
             self._jobs = deque(missing)
         if missing:
             self._wake()
@@ -187,43 +190,49 @@ class ExpertStore:
             stack = self.stacks[number]
             failure: BaseException | None = None
             try:
+                if buffer is None:
+                    buffer = torch.empty(stack.nbytes + ALIGN, dtype=torch.uint8, device="cpu")
                 matrix = _matrix(buffer, stack, expert)
                 self._read(stack, expert, matrix)
             except BaseException as error:  # noqa: BLE001  # it is raised again where the expert is waited for
                 failure = error
             with self._lock:
-                if self._closed:  # perhaps by the garbage collector on this very thread
+                if self._closed:
                     return
                 key = number, expert
                 self._reading.discard(key)
-                if failure is None:
+                if failure is not None:
+                    self._failed[key] = failure
+                if buffer is None:  # there is no memory for it, now
+                    self._unused[stack.nbytes] += 1
+                elif failure is not None:
+                    self._free[stack.nbytes].append(buffer)
+                else:
                     self._held[key] = buffer, matrix
                     self._arrivals += 1
                     heapq.heappush(self._ranks[stack.nbytes], (self._scores.get(key, 0.0), -self._arrivals, key))
-                else:
-                    self._failed[key] = failure
-                    self._free[stack.nbytes].append(buffer)
                 self._arrival.put(None)
 
-    def _job(self) -> tuple[Key, torch.Tensor] | None:
-        """Choose what to read now, and into which buffer; None if there is nothing to read or no room."""
+    def _job(self) -> tuple[Key, torch.Tensor | None] | None:
+        """Choose what to read now, and into which buffer (None: a new one); None if there is nothing to read or no room."""
         if not self._jobs:
             return None
         key = self._jobs[0]
-        buffer = self._room(self.stacks[key[0]].nbytes)
-        if buffer is None:
+        size = self.stacks[key[0]].nbytes
+        buffer = None
+        if self._unused[size] and not self._free[size]:
+            self._unused[size] -= 1  # made outside of the lock, and where a failure is told
+        elif (buffer := self._room(size, urgent=key in self._needed)) is None:
             return None
         self._jobs.popleft()
         self._reading.add(key)
         self._ahead.add(key)
         return key, buffer
 
-    def _room(self, size: int) -> torch.Tensor | None:
+    def _room(self, size: int, *, urgent: bool) -> torch.Tensor | None:
+        """Return a buffer that is free, or that of what is needed least; None if all is needed."""
         if self._free[size]:
             return self._free[size].pop()
-        if self._unused[size]:
-            self._unused[size] -= 1
-            return torch.empty(size + ALIGN, dtype=torch.uint8, device="cpu")
         if len(self._ahead) >= AHEAD:
             return None
         heap, aside = self._ranks[size], []
@@ -236,6 +245,12 @@ class ExpertStore:
                 heapq.heappush(heap, (score, arrival, key))
             else:
                 buffer = self._held.pop(key)[0]
+        if buffer is None and urgent:  # what the next visit wants may fill all the room that this one needs
+            for entry in aside:
+                if entry[2] not in self._needed:
+                    aside.remove(entry)
+                    buffer = self._held.pop(entry[2])[0]
+                    break
         for entry in aside:
             heapq.heappush(heap, entry)
         return buffer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, threads
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.experts import ExpertStore
+from airllm_nb.engine.freeing import free
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.mapped import SharingReader
@@ -27,7 +27,7 @@ from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.stream import WeightStream
-from airllm_nb.engine.weights import GroupReader, WeightGroup
+from airllm_nb.engine.weights import GroupReader
 from airllm_nb.errors import AirLLMError, CheckpointError
 from airllm_nb.events import LayerInfo, Listener
 
@@ -66,7 +66,7 @@ class LayeredModel:
         self._runtime = Runtime(skeleton.layers, plan)
         groups = (skeleton.always, *filter(None, (skeleton.embedding,)), *(layer.group for layer in skeleton.layers))
         self._streams: list[WeightStream | ExpertStore] = []
-        self._free = weakref.finalize(self, _release, self._streams, groups, reader)
+        self._free = weakref.finalize(self, free, weakref.ref(self), os.getpid(), self._streams, groups, reader)
         self._hf = make_layered(skeleton.model, self._runtime, plan.device, plan.dtype)
         self._hf.__dict__["_layered"] = self  # whoever holds only the inner model keeps its weights from being closed
 
@@ -317,13 +317,3 @@ class LayeredModel:
         if isinstance(values, tuple):
             return tuple(self._on_device(value) for value in values)
         return values.to(self.device) if type(values) is torch.Tensor else values
-
-
-def _release(streams: list[WeightStream | ExpertStore], groups: Sequence[WeightGroup], reader: Reader) -> None:
-    """Let go of the weights, when the model is closed or forgotten. Must not reach the model, or it never would be."""
-    reader.stopped = True
-    for stream in streams:
-        stream.close()
-    for group in groups:
-        group.detach()
-    reader.close()

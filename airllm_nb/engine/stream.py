@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from airllm_nb.engine.patience import LAST, Unanswered, wait
+from airllm_nb.engine.patience import LAST, Unanswered, require_here, wait
 from airllm_nb.engine.slots import Slot
 from airllm_nb.errors import AirLLMError
 
@@ -97,6 +97,7 @@ class WeightStream:
         AirLLMError
             If reading it failed, or takes for ever. The next `take` tries again.
         """
+        require_here([self._thread], closed=lambda: self._closed)
         with self._lock:
             self._failed = None
             self._wanted = index
@@ -175,7 +176,7 @@ class WeightStream:
             except BaseException as error:  # noqa: BLE001  # it is raised again where the layer is waited for
                 failure = error
             with self._lock:
-                if self._closed:  # perhaps by the garbage collector on this very thread
+                if self._closed:  # perhaps by a listener on this very thread
                     return
                 self._states[number] = ("ready", index) if failure is None else FREE
                 if failure is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
+from waiting import wait_for
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.errors import AirLLMError, CheckpointError, DeviceError, MemoryBudgetError, PromptError, UnsupportedError
@@ -268,6 +269,7 @@ def test_nothing_is_left_behind(checkpoint):
     least = plan(folder, device="cpu", dtype="float32").least
     load(folder, memory=least)(torch.zeros(1, 3, dtype=torch.long))
     gc.collect()
+    wait_for(lambda: not any(thread.name.startswith("airllm_nb-") for thread in threading.enumerate()))
     threads, files = threading.active_count(), psutil.Process().num_fds()
     for close in (True, False) * 3:
         model = load(folder, memory=least)
@@ -276,7 +278,7 @@ def test_nothing_is_left_behind(checkpoint):
             model.close()
         del model
         gc.collect()
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
     assert psutil.Process().num_fds() == files
 
 

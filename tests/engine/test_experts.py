@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny import SHAPE, budgets, make_checkpoint
+from waiting import wait_for
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import versions
@@ -191,7 +192,7 @@ def test_a_forgotten_model_goes(mixture):
     del model
     gc.collect()
     assert gone() is None
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_a_disk_that_fails_in_the_middle_of_an_expert(mixture, monkeypatch):
@@ -325,6 +326,22 @@ def visit(store, number, experts):
     return {expert: int(matrix[0]) for expert, matrix in store.visit(number, experts)}
 
 
+@pytest.mark.parametrize("room", [2, 3, 4, 6])
+def test_what_the_next_stack_wants_gives_way(room):
+    """Two stacks of one size: those of the second that stayed must not fill the room that the first one needs."""
+    stacks = [ExpertStack(str(n), torch.uint8, (64,), 0, (), ((),) * 8, 1 if n == 0 else None) for n in range(2)]
+    store = ExpertStore(stacks, {64: room}, fill, lambda: 0.0)
+    store.start()
+    try:
+        generator = torch.Generator().manual_seed(room)
+        for _ in range(50):
+            experts = torch.randperm(8, generator=generator)[:3].tolist()
+            for number in (1, 0, 1) if torch.rand((), generator=generator) < 0.5 else (0, 1):
+                assert visit(store, number, experts) == {expert: 10 * number + expert for expert in experts}
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize("room", [2, 3, 16, 32])
 def test_every_matrix_is_its_own(room):
     store = make_store(fill, room=room)
@@ -383,6 +400,22 @@ def test_a_failure_is_raised_where_the_expert_is_needed_and_tried_again():
         assert visit(store, 0, [0, 1, 2]) == {0: 0, 1: 1, 2: 2}
     broken.clear()
     assert len(visit(store, 0, range(8))) == 8
+    store.close()
+
+
+def test_memory_that_is_missing_is_told_and_tried_again(monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("can't allocate memory")
+
+    store = make_store(fill, room=4)
+    with monkeypatch.context() as short:
+        short.setattr(torch, "empty", missing)
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="allocate"):
+                visit(store, 0, range(8))
+    assert len(visit(store, 0, range(8))) == 8
+    wait_for(lambda: not store._reading)
+    assert len(store._held) == 4
     store.close()
 
 

@@ -8,7 +8,9 @@ import torch
 import transformers
 
 from airllm_nb import LayeredModel
-from airllm_nb.engine import patience, reader, stream
+from airllm_nb.engine import experts, patience, reader, stream
+from airllm_nb.engine.expert_stacks import ExpertStack
+from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.errors import CheckpointError
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -55,3 +57,21 @@ def test_closing_does_not_wait_for_ever(checkpoint, disk, monkeypatch):
     begin = time.monotonic()
     model.close()
     assert time.monotonic() - begin < 30
+
+
+def test_closing_does_not_wait_for_ever_for_an_expert(monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(experts, "LAST", 0.2)
+    answers = threading.Event()
+    stack = ExpertStack("experts", torch.uint8, (64,), 0, (), ((), ()), None)
+    store = ExpertStore([stack], {64: 2}, lambda *_: answers.wait(60), lambda: 99.0)
+    store.start()
+    with pytest.raises(CheckpointError, match="has not answered for"):
+        next(store.visit(0, [0]))
+    begin = time.monotonic()
+    store.close()
+    assert time.monotonic() - begin < 30
+    answers.set()
+    for thread in store._threads:
+        thread.join(20)
+        assert not thread.is_alive()

@@ -15,6 +15,7 @@ import torch
 import transformers
 from tiny import CONFIGS, budgets
 from tiny_any import make_any
+from waiting import wait_for
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.bench import machine
@@ -284,7 +285,7 @@ def test_a_forgotten_model_is_freed(checkpoint, short):
     del model
     gc.collect()
     assert gone() is None
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_unloading_and_an_error_afterwards(checkpoint, short):

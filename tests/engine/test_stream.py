@@ -150,7 +150,7 @@ def test_close_wakes_whoever_waits(make):
 
 
 def test_closed_by_its_own_thread():
-    """The garbage collector may run there."""
+    """A listener may do it: it is told there of what is read."""
     stream = None
 
     def read(index, _slot):
