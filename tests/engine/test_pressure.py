@@ -244,8 +244,9 @@ def test_what_is_mapped_stays(checkpoint, short):
 
 
 def test_a_forgotten_model_is_freed(checkpoint, short):
+    folder = checkpoint()  # writing one may start a thread of its own
     threads = threading.active_count()
-    model = load(checkpoint())
+    model = load(folder)
     short.missing = MANY
     with pytest.warns(RuntimeWarning, match="Memory is short"):
         model(IDS)
