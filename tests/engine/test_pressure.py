@@ -275,8 +275,9 @@ def test_its_own_mapped_pages_are_no_want(checkpoint, monkeypatch, shared):
 
 
 def test_a_forgotten_model_is_freed(checkpoint, short):
+    folder = checkpoint()  # writing one may start a thread of its own
     threads = threading.active_count()
-    model = load(checkpoint())
+    model = load(folder)
     short.missing = MANY
     with pytest.warns(RuntimeWarning, match="Memory is short"):
         model(IDS)
