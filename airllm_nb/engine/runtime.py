@@ -6,6 +6,7 @@ model that fits needs none of them: its layers have no hooks at all, unless some
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
@@ -53,7 +54,6 @@ class Runtime:
         self._hooked: tuple[Plan, bool] | None = None
         self._pending: tuple[Plan, MemoryShort] | None = None
         self._passes = 0
-        self._running = False
         self._hook_layers()
 
     def emit(self, event: Any) -> None:
@@ -71,7 +71,7 @@ class Runtime:
         the next pass begins with it. A pass within a pass (of the model's own inner model) is part of it.
         """
         with self.lock:
-            if self._running:
+            if self._within_pass():
                 return call()
             if self.closed:
                 raise UNLOADED
@@ -84,7 +84,6 @@ class Runtime:
             completed = False
             grad = torch.is_grad_enabled()
             try:
-                self._running = True
                 if self.listener is not None:
                     self.emit(PassBegin(index, tokens, "decode" if cache.length(past) else "prefill"))
                 with torch.no_grad():
@@ -93,7 +92,6 @@ class Runtime:
                 return result
             finally:
                 torch.set_grad_enabled(grad)  # an interrupt within no_grad's own exit would leave it off
-                self._running = False
                 if not completed:
                     self.recover()
                     if restore is not None:
@@ -112,8 +110,17 @@ class Runtime:
         """Prepare for a streamed layer: also for one that is called on its own, outside of any pass."""
         if self.closed:
             raise UNLOADED
-        if not self._running:
+        if not self._within_pass():
             self.recover()
+
+    def _within_pass(self) -> bool:
+        """Tell whether a pass of this model has called, by looking at who calls: an interrupt might leave a flag behind."""
+        frame = sys._getframe(1).f_back  # noqa: SLF001  # Python has no other name for it
+        while frame is not None:
+            if frame.f_code is _RUN and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def relieve(self) -> None:
         """Let layers stream that stayed, if memory is short. What an interrupt leaves half done, the next call completes."""
@@ -149,6 +156,9 @@ class Runtime:
             hooks.info = info
             hooks.put(wanted=telling or not info.resident)
         self._hooked = self.plan, telling  # last: what an interrupt leaves half done is done again
+
+
+_RUN = Runtime.run.__code__
 
 
 class _LayerHooks:

@@ -2,6 +2,7 @@
 
 import _thread
 import signal
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import torch
 from tiny import budgets
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.engine import runtime
 from airllm_nb.events import LoadEnd, PassEnd
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
@@ -120,3 +122,45 @@ def test_on_the_way_out_of_no_grad(checkpoint, monkeypatch, call, moment):
                 assert len(left) > moment
         assert torch.is_grad_enabled()
         assert left
+
+
+class InterruptAtLine:
+    """Presses stop at the n-th line of the runtime that the computing thread comes to."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __call__(self, frame, event, _arg):
+        if frame.f_code.co_filename != runtime.__file__:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_at_every_line_of_a_pass(checkpoint):
+    """Also on the way out: what has to be taken back then must not hang on a flag that was left behind."""
+    folder = checkpoint()
+    least = budgets(plan(folder, device="cpu", dtype="float32"))["none"]
+    trace = sys.gettrace()
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=least) as model:
+        expected = model(IDS).logits
+        interrupted, stop = 0, None
+        while stop is None or stop.left <= 0:
+            stop = InterruptAtLine(interrupted + 1)
+            sys.settrace(stop)
+            try:
+                model(IDS)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(trace)
+                torch.set_grad_enabled(True)  # the line that does it may be the one
+            model.progress = InterruptAt(4)  # a layer is out
+            with pytest.raises(KeyboardInterrupt):
+                model(IDS)
+            model.progress = None
+            assert torch.equal(model(IDS).logits, expected)
+    assert interrupted > 60
