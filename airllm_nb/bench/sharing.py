@@ -10,13 +10,13 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from airllm_nb import LayeredModel, plan
+from airllm_nb import LayeredModel
+from airllm_nb.bench.checkpoint import SHAPES, make
 from airllm_nb.bench.timing import generate
 
 Occupied = dict[str, int]
@@ -70,10 +70,12 @@ def _occupied(folder: Path) -> Occupied:
 
 
 def main(folder: str, dtype: str) -> None:
-    """Be one of the processes. What was its own before it loaded, such as imported code, is no part of the weights."""
-    torch.nn.functional.linear(torch.ones(32, 64), torch.ones(64, 64))  # what PyTorch sets up once
+    """Be one of the processes. What a tiny model leaves behind, such as imported code, is no part of the weights."""
     path = Path(folder).resolve()
-    plan(path, device="cpu", dtype=dtype, memory="1000TB")  # imports the model's code
+    with tempfile.TemporaryDirectory() as other:
+        tiny = make(Path(other) / "tiny", SHAPES["tiny"])
+        with LayeredModel.from_pretrained(tiny, device="cpu", dtype=dtype, memory="1000TB", shared="insist") as model:
+            generate(model, 1)
     before = _occupied(path)["own"]
     with LayeredModel.from_pretrained(path, device="cpu", dtype=dtype, memory="1000TB", shared="insist") as model:
         generate(model, 1)

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-BUFFER = 4 << 20
-"""Bytes of each buffer: a few ms of reading."""
+BUFFER = 8 << 20
+"""Bytes of each buffer: with half of it, float32 from bfloat16 took 1.3 times as long as bfloat16; with this 1.1."""
 BUFFERS = 2  # one is read into while the other is converted
 SERIAL = 32_767
 """Elements that PyTorch copies on the calling thread alone: more threads would take cores from the layer that computes."""

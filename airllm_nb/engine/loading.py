@@ -15,6 +15,7 @@ from airllm_nb.engine import rows
 from airllm_nb.engine.conversion import Converter
 from airllm_nb.engine.expert_stacks import ExpertStack
 from airllm_nb.engine.experts import ExpertStore
+from airllm_nb.engine.memory import trim
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.pressure import Watch
 from airllm_nb.engine.release import Release
@@ -87,6 +88,7 @@ def load_weights(
             runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read, groups.unanswered)
             streams.append(runtime.stream)
             runtime.stream.start()
+        trim()
         completed = True
     finally:
         runtime.emit(LoadEnd(time.perf_counter() - begin, completed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -104,3 +105,9 @@ def _stat(path: Path, name: str) -> int:
         return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} ")), 0)
     except OSError:
         return 0
+
+
+def trim() -> None:
+    """Give freed memory back to the system, of which glibc keeps some: after loading 2.2 GB that were shared, 180 MB."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from airllm_nb.engine.memory import trim
 from airllm_nb.engine.patience import Unanswered
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.skeleton import Layer
@@ -57,7 +56,7 @@ class Release:
                 sizes.remove(nbytes)
                 slots.append(Slot(nbytes, memory))
         del memory
-        _trim()
+        trim()
         if stream is not None:
             stream.add(released, slots)
             return stream
@@ -68,9 +67,3 @@ class Release:
         self._streams.append(stream)
         stream.start()
         return stream
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: glibc keeps what small layers lay in."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux, or not glibc
-        ctypes.CDLL(None).malloc_trim(0)

@@ -90,6 +90,7 @@ class Sample:
             If the files cannot be read.
         """
         room = torch.empty(room_for(INTO, 8) // self._dtype.itemsize, dtype=self._dtype, device="cpu")
+        room.zero_()  # memory that is used for the first time is slow, and the engine's buffers are recycled
         filled = total = 0
         self.missed = 0
         begin = now = time.perf_counter()
