@@ -91,7 +91,7 @@ class Sample:
         """
         room = torch.empty(room_for(INTO, 8) // self._dtype.itemsize, dtype=self._dtype, device="cpu")
         room.zero_()  # memory that is used for the first time is slow, and the engine's buffers are recycled
-        filled = total = 0
+        filled = total = skipped = 0
         self.missed = 0
         begin = now = time.perf_counter()
         try:
@@ -103,6 +103,8 @@ class Sample:
                 self.missed += self._groups.read([piece], into, keep_cached=False)
                 total += piece.nbytes
                 now = time.perf_counter()
+                if skipped == 0 and now > begin + seconds / 3:  # until then, the read-ahead and the page cache get going
+                    begin, seconds, skipped, total = now, seconds * 2 / 3, total, 0
         except (AirLLMError, OSError) as error:
             raise Unmeasurable(str(error)) from error
         return total / (now - begin)
