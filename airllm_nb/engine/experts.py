@@ -12,6 +12,7 @@ As in `stream`, the computing thread is the one that an interrupt can hit betwee
 from __future__ import annotations
 
 import heapq
+import os
 import queue
 import threading
 from collections import deque
@@ -80,6 +81,7 @@ class ExpertStore:
         self._weight = 1.0  # of a hit in this pass
         self._growth = 2.0 ** (1 / (MEMORY * max(1, sum(len(stack.sources) for stack in stacks))))
         self._closed = False
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._work: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._arrival: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -105,7 +107,7 @@ class ExpertStore:
         AirLLMError
             If reading one failed, or the model was unloaded. The next visit tries again.
         """
-        require_here(self._threads, closed=lambda: self._closed)
+        require_here(self._process)
         left = {(number, expert): None for expert in experts}
         self._begin(number, left)
         while left:

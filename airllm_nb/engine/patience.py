@@ -5,9 +5,9 @@ What the computing thread reads by itself (rows of an embedding, what stays whil
 
 from __future__ import annotations
 
+import os
 import queue
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from airllm_nb.errors import AirLLMError, CheckpointError
 
@@ -37,15 +37,23 @@ def wait(arrival: queue.SimpleQueue[None], unanswered: Unanswered) -> None:
             )
 
 
-def require_here(threads: Iterable[threading.Thread], closed: Callable[[], bool]) -> None:
+def require_here(process: int) -> None:
     """Refuse to wait for threads that do not exist in this process. To be called before any lock: they may have held it.
+
+    The threads themselves are not asked: before Python 3.13 an interrupt within ``Thread.is_alive`` makes it take a thread that
+    runs for one that has ended, for ever.
+
+    Parameters
+    ----------
+    process : int
+        The one where they run.
 
     Raises
     ------
     AirLLMError
-        If none of them is alive, though nobody has `closed` what they read for.
+        If this is another one.
     """
-    if not any(thread.is_alive() for thread in threads) and not closed():  # in this order: they end once it is closed
+    if os.getpid() != process:
         raise AirLLMError(
             "This process was forked from the one that loaded the model, where the threads that read its weights stayed.",
             "Load the model in this process.",

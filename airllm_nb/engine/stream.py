@@ -10,6 +10,7 @@ are plain ones, which ``with`` takes and releases in one step.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class WeightStream:
         self._next: int | None = self._order[0]  # where reading ahead goes on; None: nowhere, until the next `take`
         self._failed: tuple[int, BaseException] | None = None
         self._closed = False
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._work: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the reading thread
         self._arrival: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the computing thread
@@ -97,7 +99,7 @@ class WeightStream:
         AirLLMError
             If reading it failed, or takes for ever. The next `take` tries again.
         """
-        require_here([self._thread], closed=lambda: self._closed)
+        require_here(self._process)
         with self._lock:
             self._failed = None
             self._wanted = index

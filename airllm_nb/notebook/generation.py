@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def generate(
     sampling: Sampling,
     renderer: Renderer,
     write: Callable[[str], object],
+    stop: threading.Event | None = None,
 ) -> Answer:
     """Run the model on encoded `inputs`, write the text as it comes, and return the answer.
 
@@ -74,12 +76,12 @@ def generate(
     UnsupportedError
         If the checkpoint asks for a decoding that transformers refuses, or computes what is not a number.
     Interrupted
-        If the user interrupts; it carries the answer so far.
+        If the user interrupts, or `stop` is set; it carries the answer so far.
     """
     prompt_tokens = inputs["input_ids"].shape[1]
     wanted = _fit(model, prompt_tokens, sampling.max_new_tokens, write)
     state = RunState(model.name, model.layers, wanted)
-    progress = Progress(state, renderer)
+    progress = Progress(state, renderer, stop)
 
     def show(text: str) -> None:
         progress.before_text()

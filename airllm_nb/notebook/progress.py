@@ -38,6 +38,9 @@ BURST = 3
 The burst keeps the picture true when layers are slow: the end of one and the begin of the next are drawn both.
 """
 
+STOPPABLE = frozenset((Fetching, LoadBegin, LayerRead, LayerReady, PassBegin, ComputeBegin, ComputeEnd))
+"""Events at which a run may be interrupted: not those that say that something is over, which come while it is put in order."""
+
 
 @dataclass
 class LayerState:
@@ -255,10 +258,13 @@ class Progress:
         What the events are added to.
     renderer : Renderer
         What draws it.
+    stop : threading.Event, optional
+        Once it is set, by any thread, the run is interrupted before the next layer computes.
     """
 
-    def __init__(self, state: RunState, renderer: Renderer) -> None:
+    def __init__(self, state: RunState, renderer: Renderer, stop: threading.Event | None = None) -> None:
         self.state = state
+        self._stop = stop
         self._renderer = renderer
         self._lock = threading.Lock()
         self._thread = threading.get_ident()
@@ -269,7 +275,11 @@ class Progress:
         """Add one event; draw if it is time and this is the thread that may."""
         with self._lock:
             self.state.apply(event)
-        if threading.get_ident() != self._thread or (type(event) is ComputeEnd and not self.state.waits):
+        if threading.get_ident() != self._thread:
+            return
+        if self._stop is not None and self._stop.is_set() and type(event) in STOPPABLE:
+            raise KeyboardInterrupt
+        if type(event) is ComputeEnd and not self.state.waits:
             return  # a layer's end is worth a picture if nothing follows at once
         if event.at >= self._scheduled - (BURST - 1) * DRAW_INTERVAL:
             self._scheduled = max(self._scheduled, event.at) + DRAW_INTERVAL

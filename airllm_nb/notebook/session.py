@@ -56,6 +56,7 @@ class Session:
         self._write = write
         self._model: LayeredModel | None = None
         self._guard = threading.Lock()
+        self._stop = threading.Event()
         self._owner: int | None = None  # the thread whose run it is
 
     @property
@@ -71,7 +72,16 @@ class Session:
         """Whether there is a model."""
         return self._model is not None
 
-    def load(self, model: str, **options: Any) -> LayeredModel:
+    @property
+    def busy(self) -> bool:
+        """Whether a load or a run is under way."""
+        return self._owner is not None
+
+    def stop(self) -> None:
+        """End the load or the run that is under way, on whatever thread, before its next layer; it raises `Interrupted` there."""
+        self._stop.set()
+
+    def load(self, model: str, *, renderer: Renderer | None = None, **options: Any) -> LayeredModel:
         """Load a model in place of the one that is loaded.
 
         What can be known from the new model's headers is checked first, and if that fails the old one stays. Then the old one
@@ -81,6 +91,8 @@ class Session:
         ----------
         model : str
             Hub id, local folder, or ``"demo"``.
+        renderer : Renderer, optional
+            What draws this load, in place of the session's own.
         **options
             What `LayeredModel.from_pretrained` takes.
 
@@ -93,7 +105,7 @@ class Session:
         """
         with self._alone():
             require_supported()
-            progress = Progress(RunState(model), self._new_renderer())
+            progress = Progress(RunState(model), renderer or self._new_renderer(), self._stop)
             ended: Ended = "failed"
             try:
                 import_engine()
@@ -114,7 +126,16 @@ class Session:
                 progress.finish(ended)
             return loaded
 
-    def ask(self, prompt: str, *, system: str | None = None, raw: bool = False, **sampling: Any) -> Answer:
+    def ask(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        renderer: Renderer | None = None,
+        write: Callable[[str], object] | None = None,
+        **sampling: Any,
+    ) -> Answer:
         """Run the model on a prompt, and write the text as it comes.
 
         Parameters
@@ -125,6 +146,8 @@ class Session:
             A system prompt for the chat template.
         raw : bool
             Give the prompt to the model as it is, without chat template.
+        renderer, write : optional
+            What draws this run, and what takes its text, in place of the session's own.
         **sampling
             See `airllm_nb.notebook.decoding.Sampling`.
 
@@ -144,7 +167,9 @@ class Session:
             try:
                 with quiet():
                     inputs = generation.encode(model, prompt, system, raw=raw)
-                    self.answer = generation.generate(model, inputs, how, self._new_renderer(), self._write)
+                    self.answer = generation.generate(
+                        model, inputs, how, renderer or self._new_renderer(), write or self._write, self._stop
+                    )
             except Interrupted as stop:
                 self.answer = stop.answer
                 raise
@@ -172,6 +197,7 @@ class Session:
             if self._owner not in {None, me}:
                 raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
             self._owner = me
+            self._stop.clear()
         try:
             yield
         except Interrupted:

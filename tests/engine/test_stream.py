@@ -124,6 +124,14 @@ def test_a_late_failure_of_another_layer_does_not_stop_the_one_that_is_waited_fo
     assert taken == [3]
 
 
+def test_a_thread_that_python_takes_for_ended_goes_on(make, monkeypatch):
+    """Before Python 3.13, an interrupt within `is_alive` has that effect."""
+    stream = make(Disk())
+    monkeypatch.setattr(stream._thread, "is_alive", lambda: False)
+    assert [use(stream, index) for index in (0, 1, 2, 3)] == [0, 1, 2, 3]
+    monkeypatch.undo()
+
+
 def test_close_wakes_whoever_waits(make):
     disk = Disk()
     disk.gate[2] = threading.Event()

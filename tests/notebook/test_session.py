@@ -224,3 +224,36 @@ def test_answers_have_a_short_constant_form(chatting):
     assert str(answer) == answer.text
     assert repr(answer) == f"Answer({answer.text!r}, tokens=2, stopped='length')"
     assert answer.tokens_per_second > 0
+
+
+def test_stop_ends_a_run_before_the_next_layer(chatting, written):
+    model = chatting.model
+    expected = chatting.ask("Hello", max_new_tokens=8).text
+
+    def write(text):
+        written.append(text)
+        chatting.stop()
+
+    written.clear()
+    with pytest.raises(Interrupted) as stopped:
+        chatting.ask("Hello", max_new_tokens=8, write=write)
+    text = stopped.value.answer.text
+    assert written.text == text + "\n"  # the line is ended
+    assert 0 < len(text) < len(expected)
+    assert expected.startswith(text)
+    assert not chatting.busy
+    assert chatting.model is model
+    assert chatting.ask("Hello", max_new_tokens=8).text == expected
+
+
+def test_stop_ends_a_load_and_a_late_one_stops_nothing(session, chat):
+    class Stopping(SilentRenderer):
+        def draw(self, state):
+            if state.kind == "load":
+                session.stop()
+
+    with pytest.raises(Interrupted, match="no model is loaded"):
+        session.load(str(chat), device="cpu", dtype="float32", renderer=Stopping())
+    assert not session.loaded
+    session.stop()
+    assert session.load(str(chat), device="cpu", dtype="float32") is session.model
