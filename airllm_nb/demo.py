@@ -64,11 +64,9 @@ def demo_path(*, on_status: Say | None = None) -> Path:
         The package that reads GGUF files is not installed.
     """
     say = on_status or (lambda _text: None)
+    if (found := here()) is not None:
+        return found
     folder = cache_home() / _FOLDER
-    if _is_complete(folder):
-        return folder
-    if cached := _hub_cache():
-        return cached
     try:
         return _from_hub(say)
     except Exception as error:  # noqa: BLE001  # whatever it is, the second way is open, and this is told if that fails
@@ -87,6 +85,12 @@ def demo_path(*, on_status: Say | None = None) -> Path:
             f"The demo model cannot be written to {folder.parent}: {error.strerror or error}.",
             "Free 0.5 GB there, or set the environment variable AIRLLM_NB_HOME to a folder that you can write to.",
         ) from error
+
+
+def here() -> Path | None:
+    """Return the folder of the demo model if it is on this machine already."""
+    folder = cache_home() / _FOLDER
+    return folder if _is_complete(folder) else _hub_cache()
 
 
 def cache_home() -> Path:

@@ -39,7 +39,22 @@ def _candidates(before: list[str], word: str) -> list[str]:
     if word.startswith("-") or parser is CELL:
         return parser.words
     takes_model = parser.words and not any(text for text in arguments[1:] if not text.startswith("-"))
-    return [*(["demo", *_folders(word)] if takes_model else []), *parser.words]
+    return [*(["demo", *_cached(), *_folders(word)] if takes_model else []), *parser.words]
+
+
+def models() -> list[str]:
+    """Name the models that can be loaded without a download: the demo, those in the hub's cache, and folders near this one."""
+    nearby = sorted(str(file.parent) for pattern in ("*/config.json", "*/*/config.json") for file in Path().glob(pattern))
+    return ["demo", *_cached(), *(folder for folder in nearby if any(Path(folder).glob("*.safetensors")))]
+
+
+def _cached() -> list[str]:
+    """Name the models whose weights are in the hub's cache."""
+    from huggingface_hub import constants
+
+    files = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/*.safetensors")
+    folders = {file.parents[2].name for file in files if (file.parent / "config.json").exists()}
+    return sorted(name.removeprefix("models--").replace("--", "/") for name in folders)
 
 
 def _values(option: str) -> list[str]:

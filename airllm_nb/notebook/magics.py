@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from IPython.display import display
 from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
@@ -51,7 +52,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         """Show `options.HELP`: see below."""
         words = options.split(line, self.shell.user_ns)
         if not words:
-            print(options.SUMMARY + "\n\n%airllm --help shows all options and examples.")
+            self._open()
             return
         if words[0] in ("-h", "--help", "help"):
             print(options.HELP)
@@ -87,6 +88,20 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         self._keep(answer, output)
 
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
+
+    def _open(self) -> None:
+        """Open the panel; where there are no widgets, say what there is instead."""
+        if getattr(self.shell, "kernel", None) is None or versions.problem() is not None:
+            print(options.SUMMARY + "\n\n%airllm --help shows all options and examples.")
+            return
+        import_engine()
+        from airllm_nb.notebook.panel import Panel
+
+        panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory})
+        display(panel)
+        self.shell.user_ns["_airllm_panel"] = panel
+        if isinstance(self.shell.user_ns.get("panel", panel), Panel):  # never in place of something of the user's
+            self.shell.user_ns["panel"] = panel
 
     def _load(self, arguments: argparse.Namespace) -> None:
         model = self.session.load(**self._model_options(arguments), kernels=arguments.kernels)

@@ -74,6 +74,14 @@ def render(state: RunState) -> str:
     )
 
 
+def render_layers(infos: tuple[LayerInfo, ...]) -> str:
+    """Draw the layers of a plan: which stay, and which stream."""
+    from airllm_nb.notebook.progress import LayerState
+
+    layers = [LayerState(info, "resident" if info.resident else "waiting") for info in infos]
+    return f'<div class="airllm-strip" style="--columns: {_columns(len(layers))}">{"".join(map(_cell, layers))}</div>'
+
+
 def headline(state: RunState) -> str:
     """Say in one line what is going on: ``token 7/40 · layer 12/30 · model.layers.11 · 3.1 tok/s``."""
     if state.kind == "opening":

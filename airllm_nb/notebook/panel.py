@@ -1,0 +1,270 @@
+"""The panel that ``%airllm`` opens: choose a model, see what that would mean, load it, watch, ask, stop."""
+
+from __future__ import annotations
+
+import traceback
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+
+from airllm_nb.errors import AirLLMError
+from airllm_nb.notebook import background, report, strip
+from airllm_nb.notebook.chat_box import ChatBox
+from airllm_nb.notebook.model_chooser import ModelChooser, bug, problem
+from airllm_nb.notebook.panel_style import STYLE
+from airllm_nb.notebook.summary import Answer, Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from airllm_nb.notebook.progress import RunState
+    from airllm_nb.notebook.session import Session
+
+
+class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no types
+    """Everything that a person needs to run a model, without code.
+
+    What a click starts works on a thread of its own, so that the kernel stays free and Stop can be pressed.
+
+    Parameters
+    ----------
+    session : Session
+        What it works on: the same as ``%airllm`` and ``%%airllm``.
+    defaults : dict of str to str
+        ``device``, ``dtype`` and ``memory`` to begin with.
+    publish : callable(answer), optional
+        Told of every answer on the thread that computed it, to leave something that stays when the widgets are gone.
+
+    Attributes
+    ----------
+    session : Session
+        For code in the next cell: ``panel.session.model`` is the loaded model, ``panel.session.answer`` the last answer.
+    """
+
+    def __init__(
+        self, session: Session, defaults: dict[str, str], publish: Callable[[Answer], object] = lambda _answer: None
+    ) -> None:
+        self.session = session
+        self._publish = publish
+        self._working = False
+        self._notes: dict[int, str] = {}
+        self.chooser = ModelChooser(defaults)
+        self.load_button = _button("Load", "download", self._load, primary=True)
+        self.unload_button = _button("Unload", "eject", self._unload)
+        self.change_button = _button("Another model", "exchange", self._change)
+        self.ask_button = _button("Ask", "paper-plane", self._ask, primary=True)
+        self.stop_button = _button("Stop", "stop", self.session.stop)
+        self.stop_load_button = _button("Stop", "stop", self.session.stop)
+        self.proceed_button = _button("Continue", "play", self._proceed)
+        self.forget_button = _button("New conversation", "eraser", self._forget)
+        self.copy_button = _button("Copy", "copy", self._copy)
+        self._plain = ipywidgets.Textarea(rows=6, layout={"width": "100%", "display": "none"})
+        self._head = ipywidgets.HTML()
+        self._picture = ipywidgets.HTML()
+        self._said = ipywidgets.HTML()
+        loading = _row(self.load_button, self.stop_load_button, self.unload_button, self.change_button)
+        self.chat = ChatBox(_row(self.ask_button, self.stop_button, self.proceed_button, self.forget_button, self.copy_button))
+        super().__init__([
+            ipywidgets.HTML(strip.STYLE + STYLE),
+            self._head, self.chooser, loading, self._said, self._picture, self.chat, self._plain,
+        ])  # fmt: skip
+        self.add_class("airllm-panel")
+        self.refresh()
+
+    def __repr__(self) -> str:  # short and always the same, for viewers without widgets and for nbval
+        return "<airllm_nb: the panel>"
+
+    def refresh(self) -> None:
+        """Show the session as it is now."""
+        loaded, working = self.session.loaded, self._working
+        about = escape(report.one_line(self.session.model)) if loaded else "no model is loaded"
+        self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{about}</span></div>'
+        _show(self.load_button, yes=_shown(self.chooser))
+        _show(self.unload_button, yes=loaded)
+        _show(self.change_button, yes=loaded and not _shown(self.chooser))
+        _show(self.chat, yes=loaded)
+        _show(self.stop_load_button, yes=_shown(self.chooser))
+        messages = self.session.conversation.messages if loaded else []
+        self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
+        self.ask_button.disabled = working
+        self.stop_button.disabled = self.stop_load_button.disabled = not working
+        self.proceed_button.disabled = working or not loaded or not self.session.can_proceed
+        self.forget_button.disabled = self.copy_button.disabled = working or not messages
+        self.chooser.enable(yes=not working)
+        self.chat.enable(yes=not working)
+        if not working:
+            self.chat.show(messages, self._notes)
+
+    def draw(self, state: RunState) -> None:
+        """Draw a load or a run: the session's `Renderer` is this panel itself."""
+        self._picture.value = strip.render(state)
+
+    def before_text(self) -> None:
+        """Do nothing: text has its own place."""
+
+    def close_drawing(self) -> None:
+        """Take the picture away."""
+        self._picture.value = ""
+
+    def close(self) -> None:
+        """Stop what is under way, and take the panel away."""
+        if self._working:
+            self.session.stop()
+        self.chooser.close()
+        super().close()
+
+    # What the buttons do
+
+    def _load(self) -> None:
+        def work() -> None:
+            self.chooser.all_is_well()
+            self._notes = {}
+            self.session.load(**self.chooser.options, renderer=_Drawing(self))
+            _show(self.chooser, yes=False)
+
+        self._start(work)
+
+    def _unload(self) -> None:
+        self.session.unload()
+        self._picture.value = ""
+        self._notes = {}
+        _show(self.chooser, yes=True)
+        self.refresh()
+
+    def _change(self) -> None:
+        _show(self.chooser, yes=True)
+        self.refresh()
+
+    def _ask(self) -> None:
+        prompt = self.chat.prompt.value
+        try:
+            sampling = self.chat.sampling
+        except AirLLMError as error:
+            self.chat.say(problem(error))
+            return
+
+        def work() -> None:
+            messages = [*self.session.conversation.messages, {"role": "user", "content": prompt}]
+            self.chat.show(messages, self._notes)
+            self.chat.begin()
+            self.chat.prompt.value = ""
+            try:
+                self._keep(self.session.chat(prompt, renderer=_Drawing(self), write=self.chat.write, **sampling))
+            except Interrupted as stop:
+                if stop.answer is not None:
+                    self._keep(stop.answer)
+                raise
+            finally:
+                if not any(message["content"].strip() == prompt.strip() for message in self.session.conversation.messages[-2:]):
+                    self.chat.prompt.value = prompt  # it was refused: nothing that was written is lost
+
+        self._start(work)
+
+    def _proceed(self) -> None:
+        def work() -> None:
+            messages = self.session.conversation.messages
+            text = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+            self.chat.show(messages[:-1] if text else messages, self._notes)
+            self.chat.begin(text)
+            self._keep(self.session.proceed(renderer=_Drawing(self), write=self.chat.write))
+
+        self._start(work)
+
+    def _forget(self) -> None:
+        self.session.forget()
+        self._notes = {}
+        self._plain.layout.display = "none"
+        self.refresh()
+
+    def _copy(self) -> None:
+        """Show the conversation as plain text, to be selected and copied: no core widget reaches the clipboard."""
+        messages = self.session.conversation.messages
+        self._plain.value = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        _show(self._plain, yes=not _shown(self._plain))
+
+    def _keep(self, answer: Answer) -> None:
+        conversation = self.session.conversation
+        about = f"{len(answer.token_ids)} tokens in {answer.seconds:.1f} s"
+        if answer.tokens_per_second:
+            about += f" · {answer.tokens_per_second:.1f} tok/s"
+        if conversation.reused:
+            about += f" · {conversation.reused} of {answer.prompt_tokens} prompt tokens were in the KV cache"
+        if conversation.note:
+            about += f" · {conversation.note}"
+        if answer.stopped == "interrupted":
+            about += " · stopped; Continue goes on"
+        if answer.stopped == "length":
+            about += " · longest answer reached; Continue goes on"
+        self._notes[len(conversation.messages) - 1] = about
+        self._publish(answer)
+
+    def _start(self, work: Callable[[], object]) -> None:
+        """Do what a click asks for, and show what comes of it."""
+        if self._working:
+            return
+        self._working = True
+        self._said.value = ""
+        self.chat.say("")
+        self.refresh()
+        background.run(lambda: self._do(work))
+
+    def _do(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Interrupted as stop:
+            self._say(f'<div class="airllm-why" role="status">{escape(str(stop))}</div>')
+        except AirLLMError as error:
+            if _shown(self.chooser):
+                self.chooser.explain(error)
+            else:
+                self._say(problem(error))
+        except BaseException:  # noqa: BLE001  # a bug, which keeps its traceback: a thread has no other place for it
+            self._say(bug(traceback.format_exc()))
+        finally:
+            self._working = False
+            self.refresh()
+
+    def _say(self, html: str) -> None:
+        if self.session.loaded and not _shown(self.chooser):
+            self.chat.say(html)
+        else:
+            self._said.value = html
+
+
+class _Drawing:
+    """The panel as what draws one load or run."""
+
+    def __init__(self, panel: Panel) -> None:
+        self._panel = panel
+
+    def draw(self, state: RunState) -> None:
+        """Replace the picture."""
+        self._panel.draw(state)
+
+    def before_text(self) -> None:
+        """Do nothing: text has its own place."""
+
+    def close(self) -> None:
+        """Take the picture away."""
+        self._panel.close_drawing()
+
+
+def _button(text: str, icon: str, click: Callable[[], object], *, primary: bool = False) -> ipywidgets.Button:
+    button = ipywidgets.Button(description=text, icon=icon, button_style="primary" if primary else "", layout={"width": "auto"})
+    button.on_click(lambda _: click())
+    return button
+
+
+def _row(*children: Any) -> ipywidgets.HBox:
+    row = ipywidgets.HBox(children)
+    row.add_class("airllm-row")
+    return row
+
+
+def _show(widget: ipywidgets.DOMWidget, *, yes: bool) -> None:
+    widget.layout.display = None if yes else "none"
+
+
+def _shown(widget: ipywidgets.DOMWidget) -> bool:
+    return bool(widget.layout.display != "none")
