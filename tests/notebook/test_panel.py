@@ -1,0 +1,193 @@
+"""The panel without a browser: what its buttons do to the session, and what they say."""
+
+import pytest
+from waiting import wait_for
+
+from airllm_nb.notebook import background
+from airllm_nb.notebook.panel import Panel
+from airllm_nb.notebook.renderers import SilentRenderer
+from airllm_nb.notebook.session import Session
+
+DEFAULTS = {"device": "cpu", "dtype": "float32", "memory": "auto"}
+
+
+class Person:
+    """Clicks, types, and reads."""
+
+    def __init__(self, panel):
+        self.panel = panel
+
+    def click(self, button):
+        widget = getattr(self.panel, f"{button}_button")
+        assert not widget.disabled, f"{button} is disabled"
+        widget.click()
+
+    def done(self):
+        wait_for(lambda: not self.panel._working, 60)
+        return self
+
+    def load(self, folder):
+        self.panel.chooser.model.value = str(folder)
+        self.click("load")
+        return self.done()
+
+    def ask(self, prompt, most=12):
+        self.panel.chat.prompt.value = prompt
+        self.panel.chat.most.value = most
+        self.click("ask")
+        return self
+
+    @property
+    def conversation(self):
+        return self.panel.chat._turns.value
+
+    @property
+    def said(self):
+        return self.panel.chat._said.value + self.panel._said.value + "".join(
+            place.value for place in self.panel.chooser._problems.values()
+        )  # fmt: skip
+
+
+@pytest.fixture
+def published():
+    return []
+
+
+@pytest.fixture
+def person(monkeypatch, published):
+    monkeypatch.setattr(background, "RESTS", 0.02)
+    monkeypatch.setattr("airllm_nb.engine.plan.predict", lambda *_, **__: None)
+    session = Session(SilentRenderer)
+    panel = Panel(session, DEFAULTS, published.append)
+    yield Person(panel)
+    panel.close()
+    session.unload()
+
+
+def test_load_ask_and_unload(person, chat, published):
+    panel = person.panel
+    assert "no model is loaded" in panel._head.value
+    assert panel.chat.layout.display == "none"
+    person.load(chat)
+    assert "layers, all resident" in panel._head.value
+    assert panel.chooser.layout.display == "none"
+    assert not person.said
+    person.ask("Hello <b>you</b>").done()
+    expected = panel.session.answer
+    assert [message["role"] for message in panel.session.conversation.messages] == ["user", "assistant"]
+    assert "Hello &lt;b&gt;you&lt;/b&gt;" in person.conversation
+    assert f"{len(expected.token_ids)} tokens in" in person.conversation
+    assert panel.chat.prompt.value == ""
+    assert published == [expected]
+    assert not panel.stop_button.disabled is True or panel.stop_button.disabled
+    person.ask("And now?").done()
+    assert len(panel.session.conversation.messages) == 4
+    assert "were in the KV cache" in person.conversation
+    person.click("copy")
+    assert panel._plain.value.startswith("user: Hello <b>you</b>\n\nassistant: ")
+    person.click("forget")
+    assert "Hello" not in person.conversation
+    person.click("unload")
+    assert not panel.session.loaded
+    assert panel.chooser.layout.display is None
+
+
+def test_stop_and_go_on_is_as_if_nothing_had_happened(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello", most=30).done()
+    whole = panel.session.conversation.messages[-1]["content"]
+    person.click("forget")
+    original = panel.chat.write
+
+    def stop_soon(text):
+        original(text)
+        panel.session.stop()
+
+    panel.chat.write = stop_soon
+    person.ask("Hello", most=30).done()
+    panel.chat.write = original
+    assert "stopped" in person.said
+    part = panel.session.conversation.messages[-1]["content"]
+    assert len(part) < len(whole)
+    person.click("proceed")
+    person.done()
+    assert panel.session.conversation.messages[-1]["content"] == whole
+    assert panel.session.answer.stopped == "length"  # the tiny model never ends
+    person.click("proceed")
+    person.done()
+    assert panel.session.conversation.messages[-1]["content"].startswith(whole)
+
+
+def test_while_it_works_only_stop_can_be_pressed(person, chat):
+    panel = person.load(chat).panel
+    seen = {}
+
+    def look(_text):
+        names = ("load", "unload", "change", "ask", "proceed", "forget", "copy", "stop")
+        seen.update({name: getattr(panel, f"{name}_button").disabled for name in names})
+
+    panel.chat.write = look
+    person.ask("Hello").done()
+    assert seen == dict.fromkeys(("load", "unload", "change", "ask", "proceed", "forget", "copy"), True) | {"stop": False}
+    assert panel.stop_button.disabled
+
+
+def test_what_is_wrong_with_a_prompt_loses_nothing(person, chat):
+    panel = person.load(chat).panel
+    person.ask("   ").done()
+    assert "There is no prompt." in person.said
+    assert panel.chat.prompt.value == "   "
+    panel.chat.seed.value = "<seven>"
+    person.ask("Hello").done()
+    assert "The seed is &#x27;&lt;seven&gt;&#x27;." in person.said
+    assert panel.chat.prompt.value == "Hello"
+    panel.chat.seed.value = ""
+    person.ask("Hello " * 5000).done()
+    assert "context of 4096" in person.said
+    assert panel.chat.prompt.value.startswith("Hello Hello")
+    assert not panel.session.conversation.messages
+    person.ask("Hello").done()
+    assert not person.said
+    assert len(panel.session.conversation.messages) == 2
+
+
+def test_a_load_that_fails_says_why_beside_the_control(person, chat, tmp_path):
+    panel = person.load(tmp_path).panel
+    assert "✗" in panel.chooser._problems["model"].value
+    assert not panel.session.loaded
+    panel.chooser.memory.value = "lots"
+    person.load(chat)
+    assert "is not a size" in panel.chooser._problems["memory"].value
+    panel.chooser.memory.value = "auto"
+    person.load(chat)
+    assert panel.session.loaded
+
+
+def test_a_bug_keeps_its_traceback(person, chat, monkeypatch):
+    person.load(chat)
+    monkeypatch.setattr(person.panel.session, "chat", lambda *_, **__: 1 / 0)
+    person.ask("Hello").done()
+    assert "ZeroDivisionError" in person.said
+    assert "Traceback" in person.said
+
+
+def test_two_panels_of_one_session(person, chat):
+    other = Panel(person.panel.session, DEFAULTS)
+    person.load(chat)
+    other.refresh()
+    assert "layers, all resident" in other._head.value
+    Person(other).ask("Hello").done()
+    person.panel.refresh()
+    assert "Hello" in person.conversation
+    other.close()
+
+
+def test_closing_stops_the_run(person, chat):
+    panel = person.load(chat).panel
+    panel.chat.write = lambda _text: panel.close()
+    person.ask("Hello", most=2000).done()
+    assert len(panel.session.answer.token_ids) < 100
+
+
+def test_its_text_is_short_and_constant(person):
+    assert repr(person.panel) == "<airllm_nb: the panel>"
