@@ -128,6 +128,23 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".rstrip(" :.")
 
 
+def as_set(ids: int | list[int] | None) -> set[int]:
+    """Return the ids that a config names: none, one or several."""
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def end_ids(model: LayeredModel) -> set[int]:
+    """Return the ids that end a text: the generation config's where it names some, else the tokenizer's."""
+    found = model.generation_config.eos_token_id
+    return as_set(model.tokenizer.eos_token_id if found is None else found)
+
+
+def pad_id(model: LayeredModel) -> int | None:
+    """Return the padding id; one sequence needs none, but transformers warns if it is not given."""
+    pad: int | None = model.tokenizer.pad_token_id
+    return min(end_ids(model), default=None) if pad is None else pad
+
+
 class _Finite:
     """A logits processor for ``generate`` that looks whether the model's scores are numbers."""
 

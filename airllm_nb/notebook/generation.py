@@ -1,128 +1,291 @@
-"""One run of a loaded model: a prompt goes in, text comes out as it is written, an `Answer` is left."""
+"""One run: a prompt goes in, text comes out as it is written, an `Answer` is left; it can be stopped and gone on with."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from airllm_nb.compat import cache
 from airllm_nb.errors import PromptError
-from airllm_nb.notebook.decoding import Sampling, in_words, refusals
+from airllm_nb.events import Event, PassBegin
+from airllm_nb.notebook import decoding, randomness
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
-from airllm_nb.notebook.streaming import TextStream
-from airllm_nb.notebook.summary import Answer, Interrupted, Stopped
+from airllm_nb.notebook.streaming import TextStream, Unseen
+from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import threading
+    from collections.abc import Callable
 
     from airllm_nb import LayeredModel
+    from airllm_nb.notebook.conversation import Conversation
 
 
-def encode(model: LayeredModel, prompt: str, system: str | None, *, raw: bool) -> dict[str, torch.Tensor]:
-    """Turn a prompt into ids: through the tokenizer's chat template where it has one, unless `raw`.
+@dataclass(frozen=True)
+class Point:
+    """A moment between two passes, from which a run can go on."""
 
-    Raises
-    ------
-    PromptError
-        If there is no prompt, `system` is given and there is no place for it, or the chat template fails.
+    made: int  # ids
+    restore: Callable[[], None]  # puts the KV cache back
+    random: randomness.State
+
+
+class Run:
+    """One answer, which is made in one go or in several: what comes out is the same.
+
+    What is made is what `TextStream.ids` holds: an id gets there in one step, whatever an interrupt does. All else is made again
+    from there: the text from the ids, the KV cache and the random state from what they were when the last pass began.
+
+    Parameters
+    ----------
+    model : LayeredModel
+        The model.
+    encode : callable
+        Returns the prompt's ids.
+    sampling : Sampling
+        How the next token is chosen, and when the text ends.
+
+    Attributes
+    ----------
+    prompt : list of int
+        The prompt's ids.
+    cache
+        The KV cache; None if transformers makes one that cannot be kept.
+    conversation : Conversation or None
+        Where it belongs, if it is a turn of one.
+    limited : bool
+        The text was cut at `Sampling.max_new_tokens`, and whoever asked has been told.
     """
-    if not prompt.strip():
-        raise PromptError("There is no prompt.", "Write it below the line with %%airllm.")
-    for text in (prompt, system or ""):
-        if lone := re.search("[\ud800-\udfff]", text):
-            raise PromptError(f"The prompt holds {lone[0]!r}, half of a character.", "Remove it, or write the whole character.")
-    tokenizer = model.tokenizer
-    if raw or not tokenizer.chat_template:
-        if system is not None:
-            why = "is not used with --raw" if raw else f"of {model.name} does not exist"
-            raise PromptError(f"A system prompt needs a chat template, which {why}.", "Write it into the prompt itself.")
-        return _tensors(tokenizer(prompt, return_tensors="pt"))
-    messages = [{"role": "user", "content": prompt.strip()}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
-        )
-    except Exception as error:  # a template is a program of the checkpoint, and can fail in any way
-        remedy = "Leave --system out, or use --raw." if system is not None else "Use --raw."
-        raise PromptError(f"The chat template of {model.name} fails with {in_words(error)}.", remedy) from error
-    return _tensors(encoded)
 
+    def __init__(self, model: LayeredModel, encode: Callable[[], list[int]], sampling: decoding.Sampling) -> None:
+        self.model = model
+        self.prompt: list[int] = []
+        self.cache: Any = None
+        self.conversation: Conversation | None = None
+        self.limited = False
+        self._encode = encode
+        self._sampling = sampling
+        self._wanted = 0
+        self._point: Point | None = None  # None before it has begun
+        self._stream: TextStream | None = None
+        self._unseen = Unseen("", lambda _: None)
+        self._seconds = 0.0
+        self._layers: tuple[LayerTotals, ...] = ()
 
-def _tensors(encoded: Any) -> dict[str, torch.Tensor]:
-    """Take what every causal model knows; some tokenizers also give token types, which ``generate`` refuses."""
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the answer so far."""
+        return self._stream.ids if self._stream else []
 
+    def begin(self, write: Callable[[str], object]) -> None:
+        """Encode the prompt, and see whether it can be answered; nothing happens if that is done.
 
-def generate(
-    model: LayeredModel,
-    inputs: dict[str, torch.Tensor],
-    sampling: Sampling,
-    renderer: Renderer,
-    write: Callable[[str], object],
-    stop: threading.Event | None = None,
-) -> Answer:
-    """Run the model on encoded `inputs`, write the text as it comes, and return the answer.
+        Raises
+        ------
+        PromptError
+            If the prompt is none, or leaves no room in the model's context.
+        """
+        if not self._wanted:
+            self.prepare()
+            self._wanted = self._room("prompt", "Shorten it: the answer needs room too.", write)
 
-    Raises
-    ------
-    PromptError
-        If the prompt leaves no room in the model's context.
-    UnsupportedError
-        If the checkpoint asks for a decoding that transformers refuses, or computes what is not a number.
-    Interrupted
-        If the user interrupts, or `stop` is set; it carries the answer so far.
-    """
-    prompt_tokens = inputs["input_ids"].shape[1]
-    wanted = _fit(model, prompt_tokens, sampling.max_new_tokens, write)
-    state = RunState(model.name, model.layers, wanted)
-    progress = Progress(state, renderer, stop)
+    def go(
+        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event | None = None
+    ) -> Answer:
+        """Go on where it stands; write the text that is new, and return the whole answer.
 
-    def show(text: str) -> None:
-        progress.before_text()
-        write(text)
+        Raises
+        ------
+        UnsupportedError
+            If the checkpoint asks for a decoding that transformers refuses, or computes what is not a number.
+        KeyboardInterrupt
+            If the user interrupts, or `stop` is set; `interrupted` says more.
+        """
+        answer = self._answer(self._make(new_renderer, write, stop))
+        self.keep(answer)
+        return answer
 
-    stream = TextStream(model.tokenizer, show, sampling.stop)
+    def interrupted(self) -> Interrupted:
+        """Return what to raise when it is interrupted, with the answer so far."""
+        answer = self._answer("interrupted")
+        self.keep(answer)
+        count = len(self.ids)
+        where = f"after {count} tokens; _airllm holds the text so far" if count else "before the first token"
+        return Interrupted(f"stopped {where}, and %airllm continue goes on", answer)
 
-    def answer(stopped: Stopped) -> Answer:
-        seconds = time.perf_counter() - began
-        return Answer(stream.text, tuple(stream.ids), prompt_tokens, seconds, stopped, progress.totals())
+    def prepare(self) -> None:
+        """Set `prompt` and `cache`."""
+        self.prompt = self._encode()
+        self.cache = cache.new(self.model)
 
-    ends = _end_ids(model)
-    options = {
-        **sampling.options(model),
-        **inputs,
-        "max_new_tokens": wanted,
-        "pad_token_id": _pad_id(model, ends),
-        "streamer": stream,
-        "stopping_criteria": [_StopFlag(stream)],
-    }
-    ended: Ended = "failed"
-    began = time.perf_counter()
-    model.progress = progress
-    try:
-        with _seeded(sampling.seed), refusals(model, state):
-            model.generate(**options)
-        ended = "done"
-    except KeyboardInterrupt:
-        ended = "interrupted"
-    finally:
-        model.progress = None
-        stream.end()
-        if stream.text and not stream.text.endswith("\n"):
-            write("\n")
-        progress.finish(ended)
-    if ended == "interrupted":
-        where = f"after {len(stream.ids)} tokens; _airllm holds the text so far" if stream.ids else "before the first token"
-        raise Interrupted(f"stopped {where}", answer("interrupted"))
-    if stream.stopped:
-        return answer("stop")
-    return answer("end" if len(stream.ids) < wanted or stream.ids[-1] in ends else "length")
+    def keep(self, answer: Answer) -> None:
+        """Take note of an answer, complete or not; may be called again."""
+
+    def extend(self, write: Callable[[str], object]) -> None:
+        """Let a text that was cut have as many new tokens again.
+
+        Raises
+        ------
+        PromptError
+            If the model's context is full.
+        """
+        more = self._room("text", "Ask again with a shorter prompt, or begin a new conversation.", write)
+        self._wanted = len(self.ids) + more
+        self.limited = False
+
+    def release(self) -> Any:
+        """Return the KV cache, which another run goes on with: this one cannot any more."""
+        taken, self.cache, self._point = self.cache, None, None
+        return taken
+
+    def rewind(self) -> None:
+        """Make the KV cache what it was between two passes; may be called again."""
+        if self._point is not None:
+            self._point.restore()
+
+    def _make(
+        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event | None
+    ) -> Stopped:
+        """Generate what is missing, and return how the text ends."""
+        outside = randomness.state()
+        aside = self._point is not None or self._sampling.seed is not None  # the random numbers are not the user's own
+        state = RunState(self.model.name, self.model.layers, self._wanted - (self._point.made if self._point else 0))
+        progress = Progress(state, new_renderer(), stop)
+        last = ""
+        ended: Ended = "failed"
+        began = time.perf_counter()
+
+        def show(text: str) -> None:
+            nonlocal last
+            last = text
+            progress.before_text()
+            write(text)
+
+        def leave() -> None:
+            self.model.progress = None
+            self._settle()
+            if aside:
+                randomness.put_back(outside)
+            elif self._point is not None and ended != "done":
+                randomness.put_back(self._point.random)
+
+        try:
+            try:
+                self._generate(show, progress)
+                ended = "done"
+            except KeyboardInterrupt:
+                ended = "interrupted"
+                raise
+            finally:
+                leave()
+        finally:
+            leave()  # once more, should an interrupt have hit the first
+            if ended != "done" and self._stream is not None:
+                self._open(show, self.ids).end()  # what was held back, and what an interrupt has kept from being written
+            if last and not last.endswith("\n"):
+                write("\n")
+            self._unseen.close()
+            progress.finish(ended)
+            self._seconds += time.perf_counter() - began
+            done = progress.totals()
+            self._layers = tuple(map(LayerTotals.__add__, self._layers, done)) if self._layers else done
+        return self._ending()
+
+    def _generate(self, show: Callable[[str], object], progress: Progress) -> None:
+        if self._point is None:
+            if self._sampling.seed is not None:
+                torch.manual_seed(self._sampling.seed)
+            self._point = self._here()
+        else:
+            self._point.restore()
+            randomness.put_back(self._point.random)
+        stream = self._open(show, self.ids[: self._point.made])
+        if self._complete(stream):  # the interrupt came late
+            stream.end()
+            return
+        total = len(self.prompt) + len(stream.ids)
+        if cache.length(self.cache) >= total and not cache.roll_back(self.cache, total - 1):  # see `_agrees`
+            self.cache = cache.new(self.model)
+
+        def listen(event: Event) -> None:
+            if type(event) is PassBegin:
+                self._point = self._here()
+            progress(event)
+
+        self.model.progress = listen
+        with decoding.refusals(self.model, progress.state):
+            self.model.generate(**self._options(stream))
+
+    def _options(self, stream: TextStream) -> dict[str, Any]:
+        """Return what ``generate`` takes: all ids, those included whose keys the cache holds already."""
+        ids = torch.tensor([self.prompt + stream.ids])
+        options = self._sampling.options(self.model) | {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": self._wanted - len(stream.ids),
+            "pad_token_id": decoding.pad_id(self.model),
+            "streamer": stream,
+            "stopping_criteria": [_StopFlag(stream)],
+        }
+        if self.cache is not None:
+            options |= {"past_key_values": self.cache, "cache_implementation": None}
+        if stream.ids:
+            options["begin_suppress_tokens"] = None  # they are for the beginning of the text
+        return options
+
+    def _here(self) -> Point:
+        return Point(len(self.ids), cache.snapshot(self.cache), randomness.state())
+
+    def _settle(self) -> None:
+        """Go back to the begin of the last pass, unless the id that it gave was kept: then on to the present."""
+        if self._point is None:
+            return
+        if len(self.ids) > self._point.made and self._agrees() and not self.model.generation_config.stop_strings:
+            self._point = self._here()
+        else:  # with stop strings of the checkpoint, transformers has to look at that id again
+            self._point.restore()
+
+    def _agrees(self) -> bool:
+        """Tell whether the cache holds all ids but the last: where ids are streamed a pass late (on MPS), it does not."""
+        return self.cache is None or cache.length(self.cache) == len(self.prompt) + len(self.ids) - 1
+
+    def _open(self, write: Callable[[str], object], ids: list[int]) -> TextStream:
+        """Make the text again as far as it goes, and write what the reader has not seen of it."""
+        self._unseen = Unseen(self._unseen.seen, write)
+        self._stream = TextStream(self.model.tokenizer, self._unseen, self._sampling.stop, ids)
+        return self._stream
+
+    def _complete(self, stream: TextStream) -> bool:
+        """Tell whether the text has come to its end."""
+        ends = decoding.as_set(self.model.generation_config.eos_token_id)
+        return stream.stopped or len(stream.ids) >= self._wanted or not ends.isdisjoint(stream.ids[-1:])
+
+    def _ending(self) -> Stopped:
+        if self._stream is not None and self._stream.stopped:
+            return "stop"
+        return "end" if len(self.ids) < self._wanted or self.ids[-1] in decoding.end_ids(self.model) else "length"
+
+    def _room(self, what: str, remedy: str, write: Callable[[str], object]) -> int:
+        """Return how many more tokens the context has room for, up to `max_new_tokens`, and say so if it is fewer."""
+        wanted, limit, used = self._sampling.max_new_tokens, self.model.context_length, len(self.prompt) + len(self.ids)
+        if limit is None:
+            return wanted
+        if limit - used < 1:
+            raise PromptError(f"The {what} has {used} tokens, and {self.model.name} has a context of {limit}.", remedy)
+        if limit - used < wanted:
+            write(f"(The context of {limit} tokens leaves room for {limit - used}, not {wanted}.)\n")
+        return min(limit - used, wanted)
+
+    def _answer(self, stopped: Stopped) -> Answer:
+        text = self._stream.text if self._stream else ""
+        if stopped == "interrupted" and self._stream:  # who knows where
+            stream = TextStream(self.model.tokenizer, lambda _: None, self._sampling.stop, self.ids)
+            stream.end()
+            text = stream.text
+        return Answer(text, tuple(self.ids), len(self.prompt), self._seconds, stopped, self._layers)
 
 
 class _StopFlag:
@@ -133,44 +296,3 @@ class _StopFlag:
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self._stream.stopped, dtype=torch.bool, device=input_ids.device)
-
-
-def _fit(model: LayeredModel, prompt_tokens: int, wanted: int, write: Callable[[str], object]) -> int:
-    """Return how many of the `wanted` tokens the context has room for, and say so if it is fewer."""
-    if model.context_length is None:
-        return wanted
-    room = model.context_length - prompt_tokens
-    if room < 1:
-        raise PromptError(
-            f"The prompt has {prompt_tokens} tokens, and {model.name} has a context of {model.context_length}.",
-            "Shorten it: the answer needs room too.",
-        )
-    if room < wanted:
-        write(f"(The context of {model.context_length} tokens leaves room for {room}, not {wanted}.)\n")
-    return min(room, wanted)
-
-
-def _end_ids(model: LayeredModel) -> set[int]:
-    """Return the ids that end a text: the generation config's where it names some, else the tokenizer's."""
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = model.tokenizer.eos_token_id
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
-
-
-def _pad_id(model: LayeredModel, ends: set[int]) -> int | None:
-    """Return the padding id; one sequence needs none, but transformers warns if it is not given."""
-    pad: int | None = model.tokenizer.pad_token_id
-    return min(ends, default=None) if pad is None else pad
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed PyTorch for the length of a block, and put the states of the CPU and CUDA generators back."""
-    if seed is None:
-        yield
-        return
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
-        yield

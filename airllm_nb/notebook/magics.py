@@ -12,6 +12,7 @@ from IPython.display import display
 from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
+from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook import options
 from airllm_nb.notebook.children import run_printing
 from airllm_nb.notebook.complete import complete
@@ -21,6 +22,7 @@ from airllm_nb.notebook.summary import Answer, Interrupted
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from IPython.core.interactiveshell import InteractiveShell
 
@@ -45,6 +47,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self.session = Session(self._new_renderer)
+        self._output: tuple[Answer | None, str | None] = None, None  # the last cell's answer, and its -o
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_magic("airllm")  # type: ignore[untyped-decorator]
@@ -79,13 +82,12 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         settings = vars(options.CELL.parse_args(words))
         output = settings.pop("output")
         settings["stop"] = tuple(settings["stop"])
+        before, self._output = self._output, (None, output)
         try:
-            answer = self.session.ask(cell.removesuffix("\n"), **settings)
-        except Interrupted as stop:
-            if stop.answer is not None:
-                self._keep(stop.answer, output)
+            self._show(lambda: self.session.ask(cell.removesuffix("\n"), **settings), output)
+        except AirLLMError:  # what can be gone on with is still the cell before
+            self._output = before
             raise
-        self._keep(answer, output)
 
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
 
@@ -108,6 +110,10 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb.notebook import report
 
         print(report.one_line(model))
+
+    def _continue(self, _: argparse.Namespace) -> None:
+        answer, output = self._output
+        self._show(self.session.proceed, output if answer is self.session.answer else None)
 
     def _unload(self, _: argparse.Namespace) -> None:
         was_loaded = self.session.loaded
@@ -158,10 +164,21 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             "shared": arguments.shared,
         }
 
-    def _keep(self, answer: Answer, name: str | None) -> None:
+    def _show(self, run: Callable[[], Answer], output: str | None) -> None:
+        """Run, and put the answer into `_airllm` and the variable `output`, also if it is stopped."""
+        try:
+            answer = run()
+        except Interrupted as stop:
+            if stop.answer is not None:
+                self._keep(stop.answer, output)
+            raise
+        self._keep(answer, output)
+
+    def _keep(self, answer: Answer, output: str | None) -> None:
         self.shell.user_ns["_airllm"] = answer
-        if name:
-            self.shell.user_ns[name] = answer
+        if output:
+            self.shell.user_ns[output] = answer
+        self._output = answer, output
 
     def _new_renderer(self) -> Renderer:
         kind = self.display

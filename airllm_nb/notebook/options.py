@@ -109,6 +109,7 @@ def _identifier(text: str) -> str:
 
 VERBS: dict[str, Parser] = {
     "load": _model_parser("load", "Load a model; the one that is loaded is freed first."),
+    "continue": Parser("%airllm continue", "Go on with the last text, if it was stopped or cut by --max-new-tokens."),
     "unload": Parser("%airllm unload", "Free the model and its memory."),
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airllm_nb.compat.config import quiet
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.errors import AirLLMError
+from airllm_nb.notebook.conversation import Conversation
 from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.interrupts import interrupt_later
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from airllm_nb import LayeredModel
+    from airllm_nb.notebook.generation import Run
 
 PLENTY = "1000TB"
 
@@ -48,10 +50,14 @@ class Session:
     ----------
     answer : Answer or None
         The last run's answer.
+    conversation : Conversation
+        What `chat` goes on with.
     """
 
     def __init__(self, new_renderer: Callable[[], Renderer], write: Callable[[str], object] = write_stdout) -> None:
         self.answer: Answer | None = None
+        self.conversation = Conversation()
+        self._run: Run | None = None  # what can be gone on with
         self._new_renderer = new_renderer
         self._write = write
         self._model: LayeredModel | None = None
@@ -160,29 +166,135 @@ class Session:
         """
         with self._alone():
             model = self.model
-            from airllm_nb.notebook import generation
+            from airllm_nb.notebook import prompts
+            from airllm_nb.notebook.decoding import Sampling
+            from airllm_nb.notebook.generation import Run
+
+            run = Run(model, lambda: prompts.encode(model, prompt, system, raw=raw), Sampling(**sampling))
+            return self._begin(run, renderer, write)
+
+    def chat(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        renderer: Renderer | None = None,
+        write: Callable[[str], object] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Say something in the conversation, and write the answer as it comes.
+
+        Only what the KV cache does not hold yet is computed; see `conversation` for how much it held. A turn that fails is no
+        part of the conversation; of one that is stopped the text so far is.
+
+        Parameters
+        ----------
+        prompt : str
+            What the user says.
+        system : str, optional
+            The conversation's system prompt from now on; None leaves it as it is.
+        renderer, write, **sampling
+            As for `ask`.
+
+        Raises
+        ------
+        AirLLMError
+            If no model is loaded, the prompt or an option makes no sense, or the model's context is full.
+        Interrupted
+            If the user interrupts; its `answer` holds the text so far.
+        """
+        with self._alone():
+            model = self.model
             from airllm_nb.notebook.decoding import Sampling
 
-            how = Sampling(**sampling)
-            try:
-                with quiet():
-                    inputs = generation.encode(model, prompt, system, raw=raw)
-                    self.answer = generation.generate(
-                        model, inputs, how, renderer or self._new_renderer(), write or self._write, self._stop
-                    )
-            except Interrupted as stop:
-                self.answer = stop.answer
-                raise
-            return self.answer
+            with quiet():
+                turn = self.conversation.turn(model, prompt, system, Sampling(**sampling))
+            return self._begin(turn, renderer, write)
+
+    def proceed(self, *, renderer: Renderer | None = None, write: Callable[[str], object] | None = None) -> Answer:
+        """Go on with the last text, if it was stopped or cut at its largest length: what comes out is as if it had not been.
+
+        Only what is new is written; the answer holds all.
+
+        Raises
+        ------
+        SessionError
+            If there is no such text.
+        PromptError
+            If the model's context is full.
+        Interrupted
+            If the user interrupts again.
+        """
+        with self._alone():
+            run = self._run
+            if run is None or run.model is not self.model:
+                raise SessionError("There is nothing to go on with: no text was stopped or cut.", "Ask something first.")
+            if run.limited:
+                run.extend(write or self._write)
+            return self._go(run, renderer, write)
+
+    @property
+    def can_proceed(self) -> bool:
+        """Whether the last text was stopped or cut, so that `proceed` can go on with it."""
+        return self._run is not None and not self.busy
+
+    def forget(self) -> None:
+        """Begin a new conversation, and let the memory of the old one go."""
+        with self._alone():
+            self._forget()
 
     def unload(self) -> None:
         """Free the model; nothing happens if there is none."""
         with self._alone():
             self._free()
 
+    def _begin(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
+        """Make a new answer; where it is refused, what could be gone on with before still can."""
+        before, self._run = self._run, run
+        try:
+            with self._interruptible(run):
+                run.begin(write or self._write)
+        except Exception:
+            self._run = before
+            raise
+        del before  # with its KV cache
+        try:
+            return self._go(run, renderer, write)
+        except Exception:
+            self._run = None
+            raise
+
+    def _go(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
+        write = write or self._write
+        with self._interruptible(run):
+            run.begin(write)  # again, if that was interrupted
+            self.answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop)
+            run.limited = self.answer.stopped == "length"
+            if not run.limited:
+                self._run = None  # last: until then, an interrupt means that nobody has got the answer yet
+        return self.answer
+
+    @contextlib.contextmanager
+    def _interruptible(self, run: Run) -> Iterator[None]:
+        try:
+            with quiet():
+                yield
+        except KeyboardInterrupt:
+            stopped = run.interrupted()
+            self.answer = stopped.answer
+            raise stopped from None
+
+    def _forget(self) -> None:
+        if self._run is not None and self._run.conversation is self.conversation:
+            self._run = None
+        self.conversation.close()
+        self.conversation = Conversation()
+
     def _free(self) -> None:
         if self._model is None:
             return
+        self._run = None
+        self._forget()
         with interrupt_later():  # in the middle, it could be lost in a finalizer, which raises nothing
             model, self._model = self._model, None
             model.close()

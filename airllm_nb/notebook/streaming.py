@@ -25,9 +25,11 @@ class TextStream:
         Takes each piece of text.
     stop : sequence of str, optional
         The text ends before the first of these; they may arrive in pieces.
+    ids : sequence of int, optional
+        The beginning of a text that is gone on with; it is written again.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object], stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, write: Callable[[str], object], stop: Sequence[str] = (), ids: Sequence[int] = ()) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False  # a stop string came
@@ -37,13 +39,18 @@ class TextStream:
         self._prompt_is_next = True
         self._begin = self._end = 0  # ids[begin:end] are written and give the next ids their context
         self._held = ""  # text that may be the beginning of a stop string
+        for number in ids:
+            self._take([number])
 
     def put(self, value: Any) -> None:
         """Take the prompt's ids first, then those of each new token: what ``generate`` calls."""
         if self._prompt_is_next:
             self._prompt_is_next = False
-            return
-        self.ids += value.reshape(-1).tolist()
+        else:
+            self._take(value.reshape(-1).tolist())
+
+    def _take(self, ids: list[int]) -> None:
+        self.ids += ids  # at once: whatever comes after may be interrupted, and is made again from the ids
         text = self._new_text()
         if text and not text.endswith(REPLACEMENT):
             self._begin, self._end = self._end, len(self.ids)
@@ -89,3 +96,42 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Unseen:
+    """Writes what the reader has not seen yet of a text that is made again from its beginning.
+
+    Parameters
+    ----------
+    seen : str
+        What stands above already. Its end may be a guess that the text does not keep, such as half of a character.
+    write : callable
+        Takes each new piece.
+    """
+
+    def __init__(self, seen: str, write: Callable[[str], object]) -> None:
+        self._made = ""
+        self._above = seen  # as far as the text has not come to it
+        self._write = write
+
+    @property
+    def seen(self) -> str:
+        """What the reader has seen by now."""
+        return self._made + self._above
+
+    def __call__(self, text: str) -> None:
+        """Take the next piece of the text."""
+        pairs = enumerate(zip(text, self._above, strict=False))
+        same = next((at for at, (one, other) in pairs if one != other), min(len(text), len(self._above)))
+        self._above = self._above[same:] if same == len(text) else ""
+        self._made += text
+        if new := text[same:]:
+            self._write(new)
+
+    def close(self) -> None:
+        """Write no more: what takes the text may be large, and is not held."""
+        self._write = _nowhere
+
+
+def _nowhere(_: str) -> None:
+    pass

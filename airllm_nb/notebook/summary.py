@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 Stopped = Literal["end", "length", "stop", "interrupted"]
@@ -37,6 +37,11 @@ class LayerTotals:
     read_seconds: float
     waited_seconds: float
     compute_seconds: float
+
+    def __add__(self, later: LayerTotals) -> LayerTotals:
+        """Return what the layer did in this run and in a later one that goes on with it."""
+        numbers = {field.name: getattr(self, field.name) + getattr(later, field.name) for field in fields(self)[4:]}
+        return replace(later, **numbers)
 
 
 @dataclass(frozen=True, repr=False)
