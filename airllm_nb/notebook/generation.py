@@ -15,6 +15,7 @@ from airllm_nb.notebook.decoding import Sampling, in_words, refusals
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.streaming import TextStream
 from airllm_nb.notebook.summary import Answer, Interrupted, Stopped
+from airllm_nb.notebook.verdict import memory_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def generate(
     """
     prompt_tokens = inputs["input_ids"].shape[1]
     wanted = _fit(model, prompt_tokens, sampling.max_new_tokens, write)
-    state = RunState(model.name, model.layers, wanted)
+    state = RunState(model.name, model.layers, wanted, memory_left(model))
     progress = Progress(state, renderer, stop)
 
     def show(text: str) -> None:
