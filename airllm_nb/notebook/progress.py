@@ -154,11 +154,13 @@ class RunState:
         self.now = event.at
 
     def end(self, ended: Ended) -> None:
-        """Close the account: what was read ahead will not be used."""
+        """Close the account: what was read ahead will not be used, and what was interrupted is not done."""
         self.ended = ended
         for layer in self.layers:
             if layer.weights != "resident":
                 layer.weights = "waiting"
+            if layer.work == "computing":
+                layer.work = "idle"
 
     @property
     def tokens_per_second(self) -> float:
