@@ -55,9 +55,15 @@ class Event:
 
 @dataclass(frozen=True)
 class Fetching(Event):
-    """The model's files are being fetched or converted; `text` says how far, in words for people."""
+    """The model's files are being fetched or converted; `text` says it in words for people.
+
+    Where it is known, `done` of the `total` bytes of `file` are here.
+    """
 
     text: str
+    file: str = ""
+    done: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from airllm_nb.notebook import decoding, randomness
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.streaming import TextStream, Unseen
 from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Stopped
+from airllm_nb.notebook.verdict import memory_left
 
 if TYPE_CHECKING:
     import threading
@@ -152,7 +153,7 @@ class Run:
         """Generate what is missing, and return how the text ends."""
         outside = randomness.state()
         aside = self._point is not None or self._sampling.seed is not None  # the random numbers are not the user's own
-        state = RunState(self.model.name, self.model.layers, self._wanted - (self._point.made if self._point else 0))
+        state = RunState(self.model.name, self.model.layers, self._wanted - (self._point.made if self._point else 0), memory_left(self.model))
         progress = Progress(state, new_renderer(), stop)
         last = ""
         ended: Ended = "failed"

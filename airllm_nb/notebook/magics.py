@@ -186,7 +186,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             kind = "text" if getattr(self.shell, "kernel", None) is None else "widget"
         from airllm_nb.notebook import renderers
 
-        return renderers.KINDS[kind]()
+        return renderers.KINDS[kind](self.session.stop)
 
 
 def load(shell: InteractiveShell) -> None:

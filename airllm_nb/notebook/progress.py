@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -31,12 +32,16 @@ Phase = Literal["waiting", "reading", "ready", "resident", "computing", "done"]
 Ended = Literal["done", "interrupted", "failed"]
 """How it ended."""
 
-DRAW_INTERVAL = 1 / 6
+DRAW_INTERVAL = 1 / 4
 BURST = 3
-"""Seconds between draws in the long run, and how many may follow each other at once: at most 9 in any second.
+"""Seconds between draws in the long run, and how many may follow each other at once: at most 7 in any second.
 
-The burst keeps the picture true when layers are slow: the end of one and the begin of the next are drawn both.
+The burst keeps the picture true when layers are slow: the end of one and the begin of the next are drawn both. What a draw costs
+is its message, about a millisecond of a computation that wants all cores, and not the length of what it says.
 """
+
+RECENT_PASSES = 16
+"""Passes whose times say how fast it goes now."""
 
 STOPPABLE = frozenset((Fetching, LoadBegin, LayerRead, LayerReady, PassBegin, ComputeBegin, ComputeEnd))
 """Events at which a run may be interrupted: not those that say that something is over, which come while it is put in order."""
@@ -81,6 +86,15 @@ class LayerState:
         )
 
 
+@dataclass
+class PassTime:
+    """Where the seconds of one pass went: all of them, those that it waited for weights, and those until the next pass."""
+
+    seconds: float
+    waited: float
+    between: float = 0.0
+
+
 class RunState:
     """The engine's events of one load or one run, added up. Knows nothing about drawing.
 
@@ -92,13 +106,19 @@ class RunState:
         Its layers, if they are known before the first event.
     tokens_wanted : int, optional
         The largest number of tokens that a run can give; 0 for a load.
+    memory_left : int, optional
+        Bytes in which more layers could stay; None where what a run waits for cannot be told (see `airllm_nb.notebook.verdict`).
     """
 
-    def __init__(self, model: str, layers: tuple[LayerInfo, ...] = (), tokens_wanted: int = 0) -> None:
+    def __init__(
+        self, model: str, layers: tuple[LayerInfo, ...] = (), tokens_wanted: int = 0, memory_left: int | None = None
+    ) -> None:
         self.model = model
         self.tokens_wanted = tokens_wanted
+        self.memory_left = memory_left
         self.kind: Literal["opening", "load", "prefill", "decode"] = "opening"
         self.fetching = ""  # what is being fetched before a load can begin, in words
+        self.files: dict[str, tuple[int, int]] = {}  # its files: bytes that are here, and all
         self.ended: Ended | None = None  # None while it runs
         self.seconds = 0.0  # of the load; or from the first pass's begin to the last one's end
         self.prompt_tokens = 0
@@ -110,8 +130,11 @@ class RunState:
         self.loaded_nbytes = 0
         self.note = ""  # what the user should know, in words
         self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
-        self._began_at = 0.0
-        self._pass_at = 0.0
+        self.recent: collections.deque[PassTime] = collections.deque(maxlen=RECENT_PASSES)  # of the present kind
+        self.now = 0.0  # when the last event was made
+        self.phase_at = 0.0  # when fetching, the load or the present pass began
+        self.waited = 0.0  # in the present pass
+        self._began_at = self._ended_at = 0.0  # the first pass's begin, the last one's end
         self._apply: dict[type[Event], Callable[[Any], None]] = {
             Fetching: self._fetching,
             LoadBegin: self._load_begin,
@@ -128,13 +151,16 @@ class RunState:
     def apply(self, event: Event) -> None:
         """Take one event into account."""
         self._apply[type(event)](event)
+        self.now = event.at
 
     def end(self, ended: Ended) -> None:
-        """Close the account: what was read ahead will not be used."""
+        """Close the account: what was read ahead will not be used, and what was interrupted is not done."""
         self.ended = ended
         for layer in self.layers:
             if layer.weights != "resident":
                 layer.weights = "waiting"
+            if layer.work == "computing":
+                layer.work = "idle"
 
     @property
     def tokens_per_second(self) -> float:
@@ -152,7 +178,8 @@ class RunState:
             wanted = sum(layer.info.resident for layer in self.layers)
             return self.loaded_layers / wanted if wanted else 1.0
         if self.kind == "opening":
-            return 0.0
+            done, total = (sum(sizes) for sizes in zip((0, 0), *self.files.values(), strict=True))
+            return done / total if total else 0.0
         return min(1.0, (self.passes_begun - 1 + self.pass_fraction) / self.tokens_wanted)
 
     @property
@@ -171,10 +198,15 @@ class RunState:
         )
 
     def _fetching(self, event: Fetching) -> None:
+        if not self.fetching:
+            self.phase_at = event.at
         self.fetching = event.text
+        if event.file:
+            self.files[event.file] = event.done, event.total
 
     def _load_begin(self, event: LoadBegin) -> None:
         self.kind = "load"
+        self.phase_at = event.at
         self.model = event.model
         self.layers = [LayerState(info, "waiting") for info in event.layers]
 
@@ -190,7 +222,10 @@ class RunState:
 
     def _pass_begin(self, event: PassBegin) -> None:
         self.passes_begun += 1
-        self._pass_at = event.at
+        if self.recent:
+            self.recent[-1].between = event.at - self._ended_at
+        self.phase_at = event.at
+        self.waited = 0.0
         if self.passes_begun == 1:
             self.kind = "prefill"
             self._began_at = event.at
@@ -201,10 +236,14 @@ class RunState:
             layer.work = "idle"
 
     def _pass_end(self, event: PassEnd) -> None:
+        self._ended_at = event.at
         self.seconds = event.at - self._began_at
         if event.completed:
             self.tokens += 1
-            self.decode_seconds += event.at - self._pass_at if self.kind == "decode" else 0.0
+            if self.tokens <= 2:  # noqa: PLR2004  # the prompt's pass says nothing about those that follow
+                self.recent.clear()
+            self.recent.append(PassTime(event.at - self.phase_at, self.waited))
+            self.decode_seconds += self.recent[-1].seconds if self.kind == "decode" else 0.0
 
     def _layer_read(self, event: LayerRead) -> None:
         self.layers[event.index].weights = "reading"
@@ -226,6 +265,7 @@ class RunState:
         layer = self.layers[event.index]
         layer.work = "computing"
         layer.waited_seconds += event.waited
+        self.waited += event.waited
 
     def _compute_end(self, event: ComputeEnd) -> None:
         layer = self.layers[event.index]
@@ -250,7 +290,7 @@ class Renderer(Protocol):
 
 
 class Progress:
-    """The listener: takes events from any thread, draws at most 10 times a second on the thread it was made on.
+    """The listener: takes events from any thread, draws 4 times a second on the thread it was made on.
 
     Parameters
     ----------

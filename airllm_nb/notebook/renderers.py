@@ -10,11 +10,14 @@ from IPython.display import display
 from tqdm import tqdm
 
 from airllm_nb.notebook import strip
+from airllm_nb.notebook.stop_button import stop_button
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from airllm_nb.notebook.progress import Renderer, RunState
+
+    Stop = Callable[[], object]
 
 
 class LayerDisplay(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no types
@@ -25,11 +28,12 @@ class LayerDisplay(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
 
 
 class WidgetRenderer:
-    """One HTML widget whose value is replaced; nothing else is sent."""
+    """One HTML widget whose value is replaced; nothing else is sent. Until the run ends, a button below it calls `stop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Stop | None = None) -> None:
         self._picture = ipywidgets.HTML()
-        self._box = LayerDisplay([ipywidgets.HTML(strip.STYLE), self._picture])
+        self._button = stop_button(stop) if stop else None
+        self._box = LayerDisplay([ipywidgets.HTML(strip.STYLE), self._picture, *filter(None, (self._button,))])
         self._shown = False
 
     def draw(self, state: RunState) -> None:
@@ -38,6 +42,10 @@ class WidgetRenderer:
         if not self._shown:
             self._shown = True
             display(self._box)
+        if state.ended and self._button is not None:
+            self._box.children = self._box.children[:-1]
+            self._button.close()
+            self._button = None
 
     def before_text(self) -> None:
         """Do nothing: text is written below the widget."""
@@ -51,7 +59,7 @@ class WidgetRenderer:
 class TextRenderer:
     """A tqdm bar on stderr: over the layers of a load or of the prompt's pass; gone when text begins. A note comes last."""
 
-    def __init__(self) -> None:
+    def __init__(self, _stop: Stop | None = None) -> None:
         self._bar: tqdm | None = None
         self._text_began = False
 
@@ -83,6 +91,9 @@ class TextRenderer:
 class SilentRenderer:
     """Draws nothing."""
 
+    def __init__(self, _stop: Stop | None = None) -> None:
+        """Take what the others take."""
+
     def draw(self, state: RunState) -> None:
         """Do nothing."""
 
@@ -93,4 +104,5 @@ class SilentRenderer:
         """Do nothing."""
 
 
-KINDS: dict[str, Callable[[], Renderer]] = {"widget": WidgetRenderer, "text": TextRenderer, "silent": SilentRenderer}
+KINDS: dict[str, Callable[[Stop], Renderer]] = {"widget": WidgetRenderer, "text": TextRenderer, "silent": SilentRenderer}
+"""By name; each takes what stops the run, and a terminal has Ctrl+C for that."""

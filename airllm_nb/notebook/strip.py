@@ -1,4 +1,4 @@
-"""The picture of a run as HTML: one cell per layer, a bar, and a line of words. Pure functions of a `RunState`."""
+"""The picture of a run as HTML: one cell per layer, bars, and lines of words. Pure functions of a `RunState`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import functools
 from html import escape
 from typing import TYPE_CHECKING
 
+from airllm_nb.notebook.progress import LayerState, Phase
+from airllm_nb.notebook.verdict import time_left, verdict
+
 if TYPE_CHECKING:
     from airllm_nb.events import LayerInfo
-    from airllm_nb.notebook.progress import LayerState, Phase, RunState
+    from airllm_nb.notebook.progress import RunState
+
+__all__ = ["STYLE", "headline", "render", "render_layers", "verdict"]
 
 GLYPHS: dict[Phase, str] = {
     "waiting": "·",
@@ -29,26 +34,37 @@ WORDS: dict[Phase, str] = {
     "done": "done",
 }
 
-MOST_COLUMNS = 34
-LEAST_COLUMNS = 24  # a few layers do not become a few broad bars
+COLUMNS = {"wide": (24, 34), "middle": (16, 24), "narrow": (10, 15)}
+"""Least and most cells in a row, by how wide the page is: a few layers do not become a few broad bars."""
+MOST_FILES = 8
 
 # Colours come from JupyterLab's theme where it defines them. The fallbacks can be read on light and on dark: filled
 # cells bring their own text colour, and the others take the page's.
 STYLE = """<style>
 .airllm { font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; line-height: 1.5;
-  max-width: 960px; padding: 6px 0 8px; font-variant-numeric: tabular-nums; }
+  max-width: 960px; container-type: inline-size; padding: 6px 0 8px; font-variant-numeric: tabular-nums; }
 .airllm-top, .airllm-key { display: flex; flex-wrap: wrap; column-gap: 1em; align-items: baseline; }
-.airllm-top b { font-weight: 600; }
-.airllm-top span { margin-left: auto; opacity: .75; }
-.airllm progress { display: block; width: 100%; height: 8px; margin: 3px 0 7px;
-  accent-color: var(--jp-brand-color1, #1976d2); }
+.airllm-top b { font-weight: 600; overflow-wrap: anywhere; }
+.airllm-top span { margin-left: auto; opacity: .8; overflow-wrap: anywhere; }
+.airllm-bars { display: flex; flex-wrap: wrap; gap: 0 1em; align-items: center; margin: 2px 0 6px; font-size: 12px; }
+.airllm-bars label { display: flex; align-items: center; gap: .5em; flex: 1 1 9em; }
+.airllm-bars label.answer, .airllm-bars label.whole { flex: 3 1 15em; }
+.airllm-bars label.now { font-weight: 600; }
+.airllm-files { display: grid; grid-template-columns: auto minmax(6em, 1fr) auto; gap: 0 .7em; align-items: center;
+  margin: 2px 0 6px; font-size: 12px; }
+.airllm-files label { overflow-wrap: anywhere; }
+.airllm progress { flex: 1; width: 100%; min-width: 3em; height: 8px; accent-color: var(--jp-brand-color1, #1976d2); }
 .airllm-strip { display: grid; gap: 3px; grid-auto-rows: 24px;
-  grid-template-columns: repeat(auto-fill, minmax(max(24px, 100% / var(--columns) - 3px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(20px, 1fr)); }
+@container (min-width: 350px) { .airllm-strip { grid-template-columns: repeat(var(--narrow), 1fr); } }
+@container (min-width: 560px) { .airllm-strip { grid-template-columns: repeat(var(--middle), 1fr); } }
+@container (min-width: 780px) { .airllm-strip { grid-template-columns: repeat(var(--wide), 1fr); } }
 .airllm i { font-style: normal; display: flex; justify-content: center; align-items: center; box-sizing: border-box;
   border: 1px solid transparent; border-radius: 3px; cursor: default; }
 .airllm-key { margin-top: 7px; font-size: 12px; }
 .airllm-key span { display: flex; align-items: center; }
 .airllm-key i { width: 18px; height: 18px; margin-right: 5px; }
+.airllm-verdict { margin-top: 5px; min-height: 1.5em; }
 .airllm-note { margin-top: 5px; padding-left: 8px; border-left: 3px solid var(--jp-warn-color1, #f57c00); }
 .airllm .waiting { border: 1px dashed rgba(128, 128, 128, .8); }
 .airllm .reading { background: var(--jp-warn-color1, #f57c00); color: #000; }
@@ -63,29 +79,28 @@ STYLE = """<style>
 
 def render(state: RunState) -> str:
     """Draw the whole picture."""
-    percent = round(state.fraction * 100, 1)
-    cells = "".join(map(_cell, state.layers))
+    words = f'<div class="airllm-verdict">{escape(verdict(state))}</div>' if state.tokens_wanted else ""
     note = f'<div class="airllm-note" role="status">{escape(state.note)}</div>' if state.note else ""
     return (
         f'<div class="airllm"><div class="airllm-top"><b>{escape(headline(state))}</b>'
-        f"<span>{escape(state.model)}</span></div>"
-        f'<progress aria-label="done so far" max="100" value="{percent}">{percent:.0f}%</progress>'
-        f'<div class="airllm-strip" style="--columns: {_columns(len(state.layers))}">{cells}</div>{_key(state)}{note}</div>'
+        f"<span>{escape(state.model)}</span></div>{_bars(state)}{_strip(state.layers)}{_key(state)}{words}{note}</div>"
     )
 
 
 def render_layers(infos: tuple[LayerInfo, ...]) -> str:
-    """Draw the layers of a plan: which stay, and which stream."""
-    from airllm_nb.notebook.progress import LayerState
-
+    """Draw the layers of a plan: which would stay, and which would stream."""
     layers = [LayerState(info, "resident" if info.resident else "waiting") for info in infos]
-    return f'<div class="airllm-strip" style="--columns: {_columns(len(layers))}">{"".join(map(_cell, layers))}</div>'
+    stay = sum(info.resident for info in infos)
+    streams = len(infos) - stay
+    key: list[tuple[Phase, str]] = [("resident", f"{_count(stay, 'layer')} in memory")] if stay else []
+    key += [("waiting", f"{_count(streams, 'layer')} streamed from disk")] if streams else []
+    return f'<div class="airllm">{_strip(layers)}{_explained(key)}</div>'
 
 
 def headline(state: RunState) -> str:
     """Say in one line what is going on: ``token 7/40 · layer 12/30 · model.layers.11 · 3.1 tok/s``."""
     if state.kind == "opening":
-        return state.ended or state.fetching or ("starting" if state.tokens_wanted else "opening")
+        return state.ended or _fetching(state) or ("starting" if state.tokens_wanted else "opening")
     if state.ended:
         return _ended(state)
     if state.kind == "load":
@@ -100,6 +115,14 @@ def headline(state: RunState) -> str:
     return f"token {state.tokens + 1}/{state.tokens_wanted} · {where}{rate}"
 
 
+def _fetching(state: RunState) -> str:
+    if not state.files:
+        return state.fetching
+    complete = sum(done >= total for done, total in state.files.values())
+    done, total = (_size(sum(sizes)) for sizes in zip(*state.files.values(), strict=True))
+    return f"downloading · file {min(complete + 1, len(state.files))}/{len(state.files)} · {done} of {total}"
+
+
 def _ended(state: RunState) -> str:
     word = "" if state.ended == "done" else f"{state.ended} · "
     if state.kind == "load":
@@ -110,10 +133,58 @@ def _ended(state: RunState) -> str:
     return f"{word}{_count(state.tokens, 'token')} · {state.seconds:.1f} s{rate}"
 
 
-def _columns(layers: int) -> int:
-    """Return how many cells go into a row, at most, so that full-width rows are equally long."""
-    rows = -(-layers // MOST_COLUMNS)
-    return max(LEAST_COLUMNS, -(-layers // max(rows, 1)))
+def _bars(state: RunState) -> str:
+    """Show how far it is, and how long it will go on: one bar of a load, one of each phase of a run, one of each file."""
+    left = f"<span>{time_left(state)}</span>"
+    if state.kind == "load":
+        return f'<div class="airllm-bars">{_bar("loading", state.fraction, "whole now")}{left}</div>'
+    if state.kind == "opening" and not state.tokens_wanted:
+        return _files(state, left)
+    prompt = 1.0 if state.kind == "decode" or state.tokens else state.pass_fraction if state.kind == "prefill" else 0.0
+    return (
+        '<div class="airllm-bars">'
+        + _bar("prompt", prompt, "prompt" if state.kind == "decode" or state.ended else "prompt now")
+        + _bar("answer", state.fraction, "answer now" if state.kind == "decode" and not state.ended else "answer")
+        + f"{left}</div>"
+    )
+
+
+def _bar(word: str, fraction: float, classes: str) -> str:
+    return f'<label class="{classes}">{word} {_progress(fraction)}</label>'
+
+
+def _progress(fraction: float) -> str:
+    percent = round(fraction * 100, 1)
+    return f'<progress max="100" value="{percent}">{percent:.0f}%</progress>'
+
+
+def _files(state: RunState, left: str) -> str:
+    """Show the files that are fetched: all of a few, else those that are under way, and what they are together."""
+    if not state.files:
+        return ""
+    shown = state.files
+    if len(shown) > MOST_FILES:
+        under_way = [(name, sizes) for name, sizes in shown.items() if 0 < sizes[0] < sizes[1]]
+        shown = dict(under_way[:MOST_FILES])
+    rows = "".join(
+        f"<label>{escape(name)}</label>{_progress(done / total if total else 1.0)}<span>{_size(done)} of {_size(total)}</span>"
+        for name, (done, total) in shown.items()
+    )
+    return (
+        f'<div class="airllm-bars">{_bar("download", state.fraction, "whole now")}{left}</div>'
+        f'<div class="airllm-files">{rows}</div>'
+    )
+
+
+def _strip(layers: list[LayerState]) -> str:
+    columns = "; ".join(f"--{width}: {_columns(len(layers), *limits)}" for width, limits in COLUMNS.items())
+    return f'<div class="airllm-strip" style="{columns}">{"".join(map(_cell, layers))}</div>'
+
+
+def _columns(layers: int, least: int, most: int) -> int:
+    """Return how many cells go into a row, so that rows are equally long."""
+    rows = -(-layers // most)
+    return max(least, -(-layers // max(rows, 1)))
 
 
 def _cell(layer: LayerState) -> str:
@@ -143,11 +214,12 @@ def _key(state: RunState) -> str:
     phases += ["ready"] if streams and state.kind != "load" else []
     phases += ["resident"] if resident else []
     phases += ["computing", "done"] if state.kind != "load" else []
-    return (
-        '<div class="airllm-key">'
-        + "".join(f'<span><i class="{phase}">{GLYPHS[phase]}</i>{WORDS[phase]}</span>' for phase in phases)
-        + "</div>"
-    )
+    return _explained([(phase, WORDS[phase]) for phase in phases])
+
+
+def _explained(phases: list[tuple[Phase, str]]) -> str:
+    spans = "".join(f'<span><i class="{phase}">{GLYPHS[phase]}</i>{words}</span>' for phase, words in phases)
+    return f'<div class="airllm-key">{spans}</div>'
 
 
 def _size(nbytes: int) -> str:

@@ -139,7 +139,7 @@ class Recorder(SilentRenderer):
         self.drawn.append((time.perf_counter(), threading.get_ident(), state.tokens))
 
 
-def test_at_most_ten_pictures_a_second_and_always_the_last_one():
+def test_some_pictures_a_second_and_always_the_last_one():
     recorder = Recorder()
     state = RunState("name", LAYERS, 10**6)
     progress = Progress(state, recorder)
@@ -150,8 +150,8 @@ def test_at_most_ten_pictures_a_second_and_always_the_last_one():
         passes += 1
     progress.finish("done")
     times = [at for at, *_ in recorder.drawn[:-1]]
-    assert all(sum(start <= at < start + 1 for at in times) <= 10 for start in times)
-    assert len(times) >= 8
+    assert all(sum(start <= at < start + 1 for at in times) <= 7 for start in times)
+    assert len(times) >= 7
     assert recorder.drawn[-1][2] == passes
 
 
@@ -195,11 +195,14 @@ def test_names_are_escaped():
     assert html.count("&lt;script") == 3  # the model's name, the line, the hover text
 
 
-@pytest.mark.parametrize(("layers", "columns"), [(0, 24), (4, 24), (30, 30), (48, 24), (61, 31), (80, 27), (126, 32)])
+@pytest.mark.parametrize(
+    ("layers", "columns"),
+    [(0, (24, 16, 10)), (4, (24, 16, 10)), (30, (30, 16, 15)), (32, (32, 16, 11)), (80, (27, 20, 14)), (126, (32, 21, 14))],
+)
 def test_rows_are_equally_long(layers, columns):
     infos = tuple(LayerInfo(index, "name", 1, resident=True) for index in range(layers))
     html = strip.render(RunState("name", infos, 1))
-    assert f"--columns: {columns}" in html
+    assert "--wide: {}; --middle: {}; --narrow: {}".format(*columns) in html
     assert html.count("<i ") - html.split("airllm-key")[-1].count("<i ") == layers
 
 

@@ -1,0 +1,38 @@
+"""The Stop button beside a run, where the kernel can take a click while a cell runs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+from IPython import get_ipython
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def stop_button(stop: Callable[[], object]) -> ipywidgets.Button:
+    """Return a button that calls `stop` on another thread while the cell runs, or one that is disabled and says what to do.
+
+    The click arrives through a subshell: a thread of the kernel beside the one that runs the cell.
+    """
+    if not clicks_arrive():
+        words = "Stop: use the interrupt button (■ in the toolbar)"
+        return ipywidgets.Button(description=words, disabled=True, layout={"width": "auto"})
+    button = ipywidgets.Button(description="Stop", icon="stop", tooltip="Stop before the next layer computes")
+    button.on_click(lambda _: stop())
+    _keep_subshell_route(button.comm)
+    return button
+
+
+def clicks_arrive() -> bool:
+    """Tell whether a click is handled while a cell runs: with subshells (ipykernel 7.1), which VS Code does not use."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_supports_kernel_subshells", False)) and "VSCODE_PID" not in os.environ
+
+
+def _keep_subshell_route(comm: Any) -> None:
+    """Have messages handled where the page sends them: ipykernel 7.4 hands them to the shell that last sent one, the busy one."""
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda _data, default: default  # noqa: SLF001  # there is no public way
