@@ -14,7 +14,7 @@ from airllm_nb.errors import PromptError
 from airllm_nb.notebook.decoding import Sampling, in_words, refusals
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.streaming import TextStream
-from airllm_nb.notebook.summary import Answer, Interrupted, Stopped
+from airllm_nb.notebook.summary import Answer, Interrupted, Settings, Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,8 +66,9 @@ def generate(
     renderer: Renderer,
     write: Callable[[str], object],
     stop: threading.Event | None = None,
+    system: str | None = None,
 ) -> Answer:
-    """Run the model on encoded `inputs`, write the text as it comes, and return the answer.
+    """Run the model on encoded `inputs`, write the text as it comes, and return the answer; `system` is only noted in it.
 
     Raises
     ------
@@ -91,7 +92,9 @@ def generate(
 
     def answer(stopped: Stopped) -> Answer:
         seconds = time.perf_counter() - began
-        return Answer(stream.text, tuple(stream.ids), prompt_tokens, seconds, stopped, progress.totals())
+        settings = Settings.of(model, sampling, system)
+        layers, timeline = progress.totals(), progress.timeline()
+        return Answer(stream.text, tuple(stream.ids), prompt_tokens, seconds, stopped, layers, settings, timeline)
 
     ends = _end_ids(model)
     options = {

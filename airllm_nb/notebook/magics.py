@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from IPython.display import display as publish
 from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
@@ -82,9 +83,9 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             answer = self.session.ask(cell.removesuffix("\n"), **settings)
         except Interrupted as stop:
             if stop.answer is not None:
-                self._keep(stop.answer, output)
+                self._leave(stop.answer, output)
             raise
-        self._keep(answer, output)
+        self._leave(answer, output)
 
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
 
@@ -143,18 +144,25 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             "shared": arguments.shared,
         }
 
-    def _keep(self, answer: Answer, name: str | None) -> None:
+    def _leave(self, answer: Answer, name: str | None) -> None:
+        """Keep the answer in variables, and in a notebook what can be seen of it when the widget is gone."""
         self.shell.user_ns["_airllm"] = answer
         if name:
             self.shell.user_ns[name] = answer
+        if self._display_kind() == "widget":
+            from airllm_nb.notebook.result import StaticResult
+
+            publish(StaticResult(answer))
+
+    def _display_kind(self) -> str:
+        if self.display != "auto":
+            return self.display
+        return "text" if getattr(self.shell, "kernel", None) is None else "widget"
 
     def _new_renderer(self) -> Renderer:
-        kind = self.display
-        if kind == "auto":
-            kind = "text" if getattr(self.shell, "kernel", None) is None else "widget"
         from airllm_nb.notebook import renderers
 
-        return renderers.KINDS[kind]()
+        return renderers.KINDS[self._display_kind()]()
 
 
 def load(shell: InteractiveShell) -> None:

@@ -21,6 +21,7 @@ from airllm_nb.events import (
     PassEnd,
 )
 from airllm_nb.notebook.summary import LayerTotals
+from airllm_nb.notebook.timeline import Recorder, Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +111,7 @@ class RunState:
         self.loaded_nbytes = 0
         self.note = ""  # what the user should know, in words
         self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
+        self.recorder = Recorder()
         self._began_at = 0.0
         self._pass_at = 0.0
         self._apply: dict[type[Event], Callable[[Any], None]] = {
@@ -128,6 +130,7 @@ class RunState:
     def apply(self, event: Event) -> None:
         """Take one event into account."""
         self._apply[type(event)](event)
+        self.recorder.apply(event)
 
     def end(self, ended: Ended) -> None:
         """Close the account: what was read ahead will not be used."""
@@ -301,3 +304,8 @@ class Progress:
         """Return what each layer has done so far."""
         with self._lock:
             return tuple(layer.totals() for layer in self.state.layers)
+
+    def timeline(self) -> Timeline:
+        """Return when what happened so far."""
+        with self._lock:
+            return self.state.recorder.timeline()

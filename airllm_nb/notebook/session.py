@@ -168,7 +168,7 @@ class Session:
                 with quiet():
                     inputs = generation.encode(model, prompt, system, raw=raw)
                     self.answer = generation.generate(
-                        model, inputs, how, renderer or self._new_renderer(), write or self._write, self._stop
+                        model, inputs, how, renderer or self._new_renderer(), write or self._write, self._stop, system
                     )
             except Interrupted as stop:
                 self.answer = stop.answer
