@@ -1,4 +1,4 @@
-"""Small bar charts as inline SVG: no plotting library, no script, the same in a notebook, on GitHub and in exported HTML."""
+"""Small charts as SVG: no plotting library, no script, the same in a notebook, on GitHub and in exported HTML."""
 
 from __future__ import annotations
 

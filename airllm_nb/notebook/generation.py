@@ -14,7 +14,8 @@ from airllm_nb.events import Event, PassBegin
 from airllm_nb.notebook import decoding, randomness
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.streaming import TextStream, Unseen
-from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Stopped
+from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Settings, Stopped
+from airllm_nb.notebook.timeline import Recorder
 from airllm_nb.notebook.verdict import memory_left
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Run:
         Where it belongs, if it is a turn of one.
     limited : bool
         The text was cut at `Sampling.max_new_tokens`, and whoever asked has been told.
+    system : str or None
+        The system prompt, to be noted in the answer.
     """
 
     def __init__(self, model: LayeredModel, encode: Callable[[], list[int]], sampling: decoding.Sampling) -> None:
@@ -67,6 +70,7 @@ class Run:
         self.cache: Any = None
         self.conversation: Conversation | None = None
         self.limited = False
+        self.system: str | None = None
         self._encode = encode
         self._sampling = sampling
         self._wanted = 0
@@ -75,6 +79,7 @@ class Run:
         self._unseen = Unseen("", lambda _: None)
         self._seconds = 0.0
         self._layers: tuple[LayerTotals, ...] = ()
+        self._recorder = Recorder()
 
     @property
     def ids(self) -> list[int]:
@@ -153,7 +158,9 @@ class Run:
         """Generate what is missing, and return how the text ends."""
         outside = randomness.state()
         aside = self._point is not None or self._sampling.seed is not None  # the random numbers are not the user's own
-        state = RunState(self.model.name, self.model.layers, self._wanted - (self._point.made if self._point else 0), memory_left(self.model))
+        wanted = self._wanted - (self._point.made if self._point else 0)
+        state = RunState(self.model.name, self.model.layers, wanted, memory_left(self.model), self._recorder)
+        self._recorder.resume()
         progress = Progress(state, new_renderer(), stop)
         last = ""
         ended: Ended = "failed"
@@ -286,7 +293,8 @@ class Run:
             stream = TextStream(self.model.tokenizer, lambda _: None, self._sampling.stop, self.ids)
             stream.end()
             text = stream.text
-        return Answer(text, tuple(self.ids), len(self.prompt), self._seconds, stopped, self._layers)
+        settings, timeline = Settings.of(self.model, self._sampling, self.system), self._recorder.timeline()
+        return Answer(text, tuple(self.ids), len(self.prompt), self._seconds, stopped, self._layers, settings, timeline)
 
 
 class _StopFlag:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
-from IPython.display import display
+from IPython.display import display as publish
 from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
@@ -100,7 +100,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb.notebook.panel import Panel
 
         panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory})
-        display(panel)
+        publish(panel)
         self.shell.user_ns["_airllm_panel"] = panel
         if isinstance(self.shell.user_ns.get("panel", panel), Panel):  # never in place of something of the user's
             self.shell.user_ns["panel"] = panel
@@ -170,23 +170,30 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             answer = run()
         except Interrupted as stop:
             if stop.answer is not None:
-                self._keep(stop.answer, output)
+                self._leave(stop.answer, output)
             raise
-        self._keep(answer, output)
+        self._leave(answer, output)
 
-    def _keep(self, answer: Answer, output: str | None) -> None:
+    def _leave(self, answer: Answer, output: str | None) -> None:
+        """Keep the answer in variables, and in a notebook what can be seen of it when the widget is gone."""
         self.shell.user_ns["_airllm"] = answer
         if output:
             self.shell.user_ns[output] = answer
         self._output = answer, output
+        if self._display_kind() == "widget":
+            from airllm_nb.notebook.result import StaticResult
+
+            publish(StaticResult(answer))
+
+    def _display_kind(self) -> str:
+        if self.display != "auto":
+            return self.display
+        return "text" if getattr(self.shell, "kernel", None) is None else "widget"
 
     def _new_renderer(self) -> Renderer:
-        kind = self.display
-        if kind == "auto":
-            kind = "text" if getattr(self.shell, "kernel", None) is None else "widget"
         from airllm_nb.notebook import renderers
 
-        return renderers.KINDS[kind](self.session.stop)
+        return renderers.KINDS[self._display_kind()](self.session.stop)
 
 
 def load(shell: InteractiveShell) -> None:

@@ -22,6 +22,7 @@ from airllm_nb.events import (
     PassEnd,
 )
 from airllm_nb.notebook.summary import LayerTotals
+from airllm_nb.notebook.timeline import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,10 +109,17 @@ class RunState:
         The largest number of tokens that a run can give; 0 for a load.
     memory_left : int, optional
         Bytes in which more layers could stay; None where what a run waits for cannot be told (see `airllm_nb.notebook.verdict`).
+    recorder : Recorder, optional
+        What keeps the time of everything; that of a run that goes on with an earlier one.
     """
 
     def __init__(
-        self, model: str, layers: tuple[LayerInfo, ...] = (), tokens_wanted: int = 0, memory_left: int | None = None
+        self,
+        model: str,
+        layers: tuple[LayerInfo, ...] = (),
+        tokens_wanted: int = 0,
+        memory_left: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self.tokens_wanted = tokens_wanted
@@ -134,6 +142,7 @@ class RunState:
         self.now = 0.0  # when the last event was made
         self.phase_at = 0.0  # when fetching, the load or the present pass began
         self.waited = 0.0  # in the present pass
+        self.recorder = recorder or Recorder()
         self._began_at = self._ended_at = 0.0  # the first pass's begin, the last one's end
         self._apply: dict[type[Event], Callable[[Any], None]] = {
             Fetching: self._fetching,
@@ -152,6 +161,7 @@ class RunState:
         """Take one event into account."""
         self._apply[type(event)](event)
         self.now = event.at
+        self.recorder.apply(event)
 
     def end(self, ended: Ended) -> None:
         """Close the account: what was read ahead will not be used, and what was interrupted is not done."""

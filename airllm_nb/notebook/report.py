@@ -21,11 +21,16 @@ def one_line(model: LayeredModel) -> str:
 
 def layers(model: LayeredModel | Plan) -> str:
     """Say how many layers there are, and which of them stay."""
-    count = len(model.layers)
     stay = sum(layer.resident for layer in model.layers)
-    if stay == count:
-        return f"{count} layers, all resident"
-    return f"{count} layers, all streamed" if not stay else f"{count} layers, {stay} resident, {count - stay} streamed"
+    return count_layers(stay, len(model.layers) - stay)
+
+
+def count_layers(resident: int, streamed: int) -> str:
+    """Say it of numbers."""
+    if not streamed:
+        return f"{resident} layers, all resident"
+    total = resident + streamed
+    return f"{total} layers, {resident} resident, {streamed} streamed" if resident else f"{total} layers, all streamed"
 
 
 def plan(decided: Plan, *, write: bool = True) -> str:

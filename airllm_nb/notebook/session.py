@@ -171,6 +171,7 @@ class Session:
             from airllm_nb.notebook.generation import Run
 
             run = Run(model, lambda: prompts.encode(model, prompt, system, raw=raw), Sampling(**sampling))
+            run.system = system
             return self._begin(run, renderer, write)
 
     def chat(

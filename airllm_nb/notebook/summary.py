@@ -1,9 +1,14 @@
-"""What is left of a run when it is over: the text, how it ended, and where each layer's time went."""
+"""What is left of a run when it is over: the text, how it came about, how it ended, and where each layer's time went."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from airllm_nb import LayeredModel
+    from airllm_nb.notebook.decoding import Sampling
+    from airllm_nb.notebook.timeline import Timeline
 
 Stopped = Literal["end", "length", "stop", "interrupted"]
 """Why a text ended: the model ended it, `max_new_tokens` was reached, a stop string came, or the user stopped it."""
@@ -44,6 +49,59 @@ class LayerTotals:
         return replace(later, **numbers)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a run was made with.
+
+    Attributes
+    ----------
+    model, device, dtype : str
+        The model's short name, where and in what it computed.
+    used_nbytes, budget_nbytes : int
+        What weights and read-ahead buffers occupied, and what they were allowed.
+    resident, streamed : int
+        How many layers stayed in memory, and how many were read in every pass.
+    max_new_tokens, temperature, top_p, seed, stop
+        As in `airllm_nb.notebook.decoding.Sampling`.
+    system : str or None
+        The system prompt.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    used_nbytes: int
+    budget_nbytes: int
+    resident: int
+    streamed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    system: str | None
+
+    @classmethod
+    def of(cls, model: LayeredModel, sampling: Sampling, system: str | None) -> Settings:
+        """Note what a model runs with; nothing in it refers to the model."""
+        resident = sum(layer.resident for layer in model.layers)
+        return cls(
+            model=model.name,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            used_nbytes=model.plan.used_nbytes,
+            budget_nbytes=model.plan.budget,
+            resident=resident,
+            streamed=len(model.layers) - resident,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=sampling.stop,
+            system=system,
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Answer:
     """The result of one run; ``str(answer)`` is its text.
@@ -62,6 +120,10 @@ class Answer:
         The model ended the text, `max_new_tokens` was reached, a stop string came, or the user stopped it.
     layers : tuple of LayerTotals
         What every layer did.
+    settings : Settings or None
+        What it was made with.
+    timeline : Timeline or None
+        When what happened, see `airllm_nb.notebook.timeline`.
     """
 
     text: str
@@ -70,6 +132,8 @@ class Answer:
     seconds: float
     stopped: Stopped
     layers: tuple[LayerTotals, ...]
+    settings: Settings | None = None
+    timeline: Timeline | None = None
 
     @property
     def tokens_per_second(self) -> float:

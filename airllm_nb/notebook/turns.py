@@ -57,6 +57,8 @@ class Turn(Run):
         if system is not None:
             begins = bool(messages) and messages[0]["role"] == "system"
             messages[: int(begins)] = [{"role": "system", "content": system}]
+        if messages and messages[0]["role"] == "system":
+            self.system = messages[0]["content"]
         messages.append({"role": "user", "content": prompt})
         self.conversation = self._conversation = conversation
         self._messages = messages

@@ -49,12 +49,14 @@ def lab(tmp_path, browser):
     """Return a function that opens a notebook in JupyterLab with a theme, and gives its `Lab`."""
     servers = []
 
-    def open_notebook(path, theme="Light"):
+    def open_notebook(path, theme="Light", keep_outputs=False):
         folder = tmp_path / f"work-{len(servers)}"
         folder.mkdir()
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
-            if cell.cell_type == "code":  # as a new notebook: then a number beside a cell says that it has run here
+            if (
+                cell.cell_type == "code" and not keep_outputs
+            ):  # as a new notebook: then a number beside a cell says that it has run here
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / path.name)
         settings = tmp_path / f"settings-{len(servers)}"

@@ -96,9 +96,11 @@ def test_in_a_kernel(kernel, chat):
 
     reply, messages = kernel.run("%%airllm --max-new-tokens 120 -o answer\nHello")
     assert reply["status"] == "ok"
-    [display] = of_type(messages, "display_data")
+    display, result = of_type(messages, "display_data")
     assert display["data"]["text/plain"] == "<airllm_nb: layers at work>"
     assert "application/vnd.jupyter.widget-view+json" in display["data"]
+    assert set(result["data"]) == {"text/plain", "text/html"}
+    assert result["data"]["text/plain"] == "<airllm_nb: 120 tokens, ended by max-new-tokens>"
     assert not of_type(messages, "update_display_data")
     assert not of_type(messages, "clear_output")
     states = [content["data"].get("state", {}) for content in of_type(messages, "comm_msg")]
@@ -126,6 +128,7 @@ def test_in_a_kernel(kernel, chat):
     [error] = of_type(messages, "error")
     assert len(error["traceback"]) == 1
     assert "stopped after" in error["traceback"][0]
+    assert "stopped by the user" in of_type(messages, "display_data")[-1]["data"]["text/html"]
     assert kernel.shown("print(_airllm.stopped, len(_airllm.token_ids) > 0)") == "interrupted True\n"
     assert kernel.shown("%%airllm --max-new-tokens 120\nHello") == text
 
@@ -163,5 +166,6 @@ def test_nbval_strict(tmp_path, chat):
     path = tmp_path / "strict.ipynb"
     nbformat.write(notebook, path)
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-p", "no:cacheprovider", str(path)]
+    command.append(f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval.cfg'}")
     run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, check=False)
     assert run.returncode == 0, run.stdout[-4000:]

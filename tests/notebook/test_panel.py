@@ -79,7 +79,7 @@ def test_load_ask_and_unload(person, chat, published):
     assert f"{len(expected.token_ids)} tokens in" in person.conversation
     assert panel.chat.prompt.value == ""
     assert published == [expected]
-    assert not panel.stop_button.disabled is True or panel.stop_button.disabled
+    assert panel.stop_button.disabled
     person.ask("And now?").done()
     assert len(panel.session.conversation.messages) == 4
     assert "were in the KV cache" in person.conversation
