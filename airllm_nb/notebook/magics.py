@@ -98,9 +98,15 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             return
         import_engine()
         from airllm_nb.notebook.panel import Panel
+        from airllm_nb.notebook.result import StaticResult
 
-        panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory})
+        def leave(answer: Answer) -> None:
+            self.shell.user_ns["_airllm"] = answer
+            place.update(StaticResult(answer, with_text=True, messages=self.session.conversation.messages))
+
+        panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory}, leave)
         publish(panel)
+        place = publish({"text/plain": "", "text/html": ""}, raw=True, display_id=True)  # what stays when the widgets are gone
         self.shell.user_ns["_airllm_panel"] = panel
         if isinstance(self.shell.user_ns.get("panel", panel), Panel):  # never in place of something of the user's
             self.shell.user_ns["panel"] = panel

@@ -13,6 +13,7 @@ from airllm_nb.notebook import background, report, strip
 from airllm_nb.notebook.chat_box import ChatBox
 from airllm_nb.notebook.model_chooser import ModelChooser, bug, problem
 from airllm_nb.notebook.panel_style import STYLE
+from airllm_nb.notebook.stop_button import keep_subshell_route
 from airllm_nb.notebook.summary import Answer, Interrupted
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.session = session
         self._publish = publish
         self._working = False
+        self._was_loaded = False
         self._notes: dict[int, str] = {}
         self.chooser = ModelChooser(defaults)
         self.load_button = _button("Load", "download", self._load, primary=True)
@@ -70,14 +72,20 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             self._head, self.chooser, loading, self._said, self._picture, self.chat, self._plain,
         ])  # fmt: skip
         self.add_class("airllm-panel")
+        for button in (self.stop_button, self.stop_load_button):
+            keep_subshell_route(button.comm)  # it also stops what a cell runs
+        self.session.watchers.add(self)
         self.refresh()
 
     def __repr__(self) -> str:  # short and always the same, for viewers without widgets and for nbval
         return "<airllm_nb: the panel>"
 
     def refresh(self) -> None:
-        """Show the session as it is now."""
-        loaded, working = self.session.loaded, self._working
+        """Show the session as it is now: a cell, or another panel, may have changed it."""
+        loaded, working = self.session.loaded, self._working or self.session.busy
+        if loaded != self._was_loaded and not working:
+            self._was_loaded = loaded
+            _show(self.chooser, yes=not loaded)
         about = escape(report.one_line(self.session.model)) if loaded else "no model is loaded"
         self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{about}</span></div>'
         _show(self.load_button, yes=_shown(self.chooser))
@@ -89,7 +97,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
         self.ask_button.disabled = working
         self.stop_button.disabled = self.stop_load_button.disabled = not working
-        self.proceed_button.disabled = working or not loaded or not self.session.can_proceed
+        self.proceed_button.disabled = working or not self._can_proceed()
         self.forget_button.disabled = self.copy_button.disabled = working or not messages
         self.chooser.enable(yes=not working)
         self.chat.enable(yes=not working)
@@ -111,6 +119,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         """Stop what is under way, and take the panel away."""
         if self._working:
             self.session.stop()
+        self.session.watchers.discard(self)
         self.chooser.close()
         super().close()
 
@@ -122,15 +131,14 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             self._notes = {}
             self.session.load(**self.chooser.options, renderer=_Drawing(self))
             _show(self.chooser, yes=False)
+            self._was_loaded = True
 
         self._start(work)
 
     def _unload(self) -> None:
-        self.session.unload()
         self._picture.value = ""
         self._notes = {}
-        _show(self.chooser, yes=True)
-        self.refresh()
+        self.session.unload()
 
     def _change(self) -> None:
         _show(self.chooser, yes=True)
@@ -171,11 +179,15 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
         self._start(work)
 
+    def _can_proceed(self) -> bool:
+        """Tell whether the last text can be gone on with, and is the conversation's: a cell may have run another one."""
+        answer, messages = self.session.answer, self.session.conversation.messages
+        return self.session.can_proceed and bool(messages) and answer is not None and messages[-1]["content"] == answer.text
+
     def _forget(self) -> None:
-        self.session.forget()
         self._notes = {}
         self._plain.layout.display = "none"
-        self.refresh()
+        self.session.forget()
 
     def _copy(self) -> None:
         """Show the conversation as plain text, to be selected and copied: no core widget reaches the clipboard."""

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
 
 from airllm_nb.compat.config import quiet
 from airllm_nb.compat.versions import require_supported
@@ -36,6 +37,13 @@ def write_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
+class Watcher(Protocol):
+    """Who wants to know when something about the session has changed."""
+
+    def refresh(self) -> None:
+        """Look at the session again."""
+
+
 class Session:
     """Holds at most one model, and runs it.
 
@@ -52,11 +60,14 @@ class Session:
         The last run's answer.
     conversation : Conversation
         What `chat` goes on with.
+    watchers : set of Watcher
+        Told when a load or a run begins, and when it is over; does not keep them.
     """
 
     def __init__(self, new_renderer: Callable[[], Renderer], write: Callable[[str], object] = write_stdout) -> None:
         self.answer: Answer | None = None
         self.conversation = Conversation()
+        self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._run: Run | None = None  # what can be gone on with
         self._new_renderer = new_renderer
         self._write = write
@@ -312,6 +323,7 @@ class Session:
             self._owner = me
             self._stop.clear()
         try:
+            self._tell()
             yield
         except Interrupted:
             raise
@@ -319,6 +331,11 @@ class Session:
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
             self._owner = None
+            self._tell()
+
+    def _tell(self) -> None:
+        for watcher in list(self.watchers):
+            watcher.refresh()
 
 
 def _check(model: str, *, memory: str = "auto", **options: Any) -> None:
