@@ -213,7 +213,7 @@ def test_displays_of_past_cells_are_not_held(shell, chat, monkeypatch):
     made = []
 
     class Renderer(renderers.SilentRenderer):
-        def __init__(self):
+        def __init__(self, _stop):
             made.append(weakref.ref(self))
 
     monkeypatch.setitem(renderers.KINDS, "text", Renderer)
