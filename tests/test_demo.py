@@ -30,7 +30,7 @@ sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from airllm_nb.demo import demo_path
 from airllm_nb.errors import AirLLMError
 try:
-    print(demo_path(on_status=lambda line: print(line, file=sys.stderr, flush=True)))
+    print(demo_path(progress=lambda event: print(event.text, file=sys.stderr, flush=True)))
 except AirLLMError as error:
     sys.exit("|".join((type(error).__name__, error.cause, error.remedy)))
 """
@@ -136,11 +136,11 @@ def test_it_answers():
 
 def test_the_second_call_is_immediate():
     folder = demo.demo_path()
-    lines = []
+    events = []
     begin = time.perf_counter()
-    assert demo.demo_path(on_status=lines.append) == folder
+    assert demo.demo_path(progress=events.append) == folder
     assert time.perf_counter() - begin < 0.5
-    assert not lines
+    assert not events
 
 
 def permuted(weight, heads):

@@ -8,9 +8,9 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,10 +25,14 @@ from huggingface_hub.utils import (
     http_backoff,
 )
 
+from airllm_nb.engine.download import HubFile, aside, download, hub_file
 from airllm_nb.errors import AirLLMError, CheckpointError, HubError
+from airllm_nb.events import Fetching
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, KeysView
+
+    from airllm_nb.events import Listener
 
 SINGLE = constants.SAFETENSORS_SINGLE_FILE
 INDEX = constants.SAFETENSORS_INDEX_FILE
@@ -41,7 +45,13 @@ AGAIN = "and run this again: files that are already complete are kept."
 OTHER = "Choose another model or revision: one that transformers can load from .safetensors files."
 
 
-def locate(model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def locate(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: Listener | None = None,
+) -> Path:
     """Return the folder that holds a model's files, downloading into the hub's own cache what is not there yet.
 
     Parameters
@@ -52,6 +62,8 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         Branch, tag or commit on the hub.
     token : str or bool, optional
         Access token of the hub; by default the saved login.
+    progress : callable(event), optional
+        Told of `airllm_nb.events.Fetching` while files are downloaded; what it raises stops that.
 
     Returns
     -------
@@ -69,11 +81,12 @@ def locate(model: str | os.PathLike[str], *, revision: str | None = None, token:
         return local
     repo = os.fspath(model)
     with _explained(repo, revision):
-        folder, names = _fetch(repo, SMALL_FILES, revision, token)
+        folder, names, listed = _fetch(repo, SMALL_FILES, revision, token, progress)
         missing = _absent(folder, names)
         if missing:
             # By commit, so that a push in between cannot mix two versions.
-            _download(repo, missing, folder.name, token)
+            files = [listed[name] for name in names if name in listed]
+            _download(repo, missing, folder.name, token, files, progress)
         if _absent(folder, names):
             raise ConnectionError  # old versions then return a partial snapshot without a word
     return folder
@@ -105,7 +118,7 @@ def locate_headers(
         return local, None
     repo = os.fspath(model)
     with _explained(repo, revision):
-        folder, names = _fetch(repo, PLANNING_FILES, revision, token)
+        folder, names, _ = _fetch(repo, PLANNING_FILES, revision, token)
         if not _absent(folder, names):
             return folder, None
         with ThreadPoolExecutor(8) as pool:
@@ -134,29 +147,48 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _fetch(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> tuple[Path, list[str]]:
-    """Download the files that `patterns` name; return the folder, and the names of the checkpoint's weight files."""
-    commit = revision
+def _fetch(
+    repo: str, patterns: list[str], revision: str | None, token: str | bool | None, progress: Listener | None = None
+) -> tuple[Path, list[str], dict[str, HubFile]]:
+    """Download the files that `patterns` name; return the folder, the names of the weight files, and what the hub lists."""
+    commit, listed = revision, {}
     try:
-        info = HfApi().model_info(repo, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        commit, listed = info.sha, {file.rfilename for file in info.siblings or ()}
-        _check_listing(repo, listed)
-        folder = _download(repo, patterns, revision, token)
+        info = _info(repo, revision, token, progress)
+        commit, listed = info.sha, {file.rfilename: hub_file(file) for file in info.siblings or ()}
+        _check_listing(repo, listed.keys())
+        folder = _download(repo, patterns, revision, token, [], progress)
     except (OSError, HTTP_ERROR):
         # No network, an expired login or a cache that only others may write: none matters if all is there.
         if (cached := _cached(repo, commit)) is None:
             raise
-        return cached, _weight_files(cached)
+        return cached, _weight_files(cached), listed
     names = [SINGLE] if SINGLE in listed else _weight_files(folder)
     if absent := [name for name in names if name not in listed]:
         raise CheckpointError(f'The index of "{repo}" names {absent[0]}, which the repository does not hold.', OTHER)
-    return folder, names
+    return folder, names, listed
 
 
-def _download(repo: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
+def _info(repo: str, revision: str | None, token: str | bool | None, progress: Listener | None) -> Any:
+    """Ask the hub what is in a repository."""
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+
+    def ask() -> Any:
+        return HfApi().model_info(repo, revision=revision, token=token, timeout=timeout, files_metadata=True)
+
+    return aside(ask, progress and (lambda: progress(Fetching(f"Looking for {repo} on the hub"))))
+
+
+def _download(
+    repo: str,
+    patterns: list[str],
+    revision: str | None,
+    token: str | bool | None,
+    files: list[HubFile],
+    progress: Listener | None,
+) -> Path:
     """Download the files at the top of a repository that `patterns` name; return the snapshot's folder."""
     try:
-        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*"))
+        return download(repo, files, patterns=patterns, revision=revision, token=token, progress=progress)
     except RuntimeError as error:  # hf_xet, which fetches large files, raises it for network and disk alike
         raise OSError(str(error)) from error
 
@@ -189,7 +221,7 @@ def _weight_files(folder: Path) -> list[str]:
     return names
 
 
-def _check_listing(repo: str, listed: set[str]) -> None:
+def _check_listing(repo: str, listed: KeysView[str]) -> None:
     """Refuse, before anything is downloaded, a repository without a safetensors checkpoint."""
     if not listed & {SINGLE, INDEX}:
         pickles = sorted(name for name in listed if name.endswith((".bin", ".pth", ".pt")))

@@ -122,7 +122,7 @@ class LayeredModel:
         """
         require_supported()  # before gigabytes are fetched in vain
         name, model = named(model, progress)
-        path = hub.locate(model, revision=revision, token=token)
+        path = hub.locate(model, revision=revision, token=token, progress=progress)
         checkpoint = Checkpoint(path)
         skeleton, decided, stacks = prepare(
             name, checkpoint, device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,

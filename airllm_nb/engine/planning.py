@@ -25,7 +25,7 @@ from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.threads import compute_threads
 from airllm_nb.errors import MemoryBudgetError, UnsupportedError
-from airllm_nb.events import Fetching, LayerInfo, Listener
+from airllm_nb.events import LayerInfo, Listener
 
 CACHED_TOKENS = 2048
 """The length of a conversation that the estimate of the KV cache assumes, if the model's context is not shorter."""
@@ -203,11 +203,7 @@ def named(model: str | os.PathLike[str], progress: Listener | None = None) -> tu
     if model == "demo":
         from airllm_nb import demo
 
-        def say(text: str) -> None:
-            if progress is not None:
-                progress(Fetching(text))
-
-        return short_name(demo.DEMO), demo.demo_path(on_status=say)
+        return short_name(demo.DEMO), demo.demo_path(progress=progress)
     return short_name(model), model
 
 

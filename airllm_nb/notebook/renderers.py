@@ -10,7 +10,7 @@ from IPython.display import display
 from tqdm import tqdm
 
 from airllm_nb.notebook import strip
-from airllm_nb.notebook.stop_button import stop_button
+from airllm_nb.notebook.stop_button import StopButton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ class WidgetRenderer:
 
     def __init__(self, stop: Stop | None = None) -> None:
         self._picture = ipywidgets.HTML()
-        self._button = stop_button(stop) if stop else None
+        self._button = StopButton(stop) if stop else None
         self._box = LayerDisplay([ipywidgets.HTML(strip.STYLE), self._picture, *filter(None, (self._button,))])
         self._shown = False
 

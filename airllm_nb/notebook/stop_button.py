@@ -12,18 +12,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def stop_button(stop: Callable[[], object]) -> ipywidgets.Button:
-    """Return a button that calls `stop` on another thread while the cell runs, or one that is disabled and says what to do.
+class StopButton(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets publishes no types
+    """A button that calls `stop` on another thread while the cell runs, or one that is disabled, with words that say what to do.
 
     The click arrives through a subshell: a thread of the kernel beside the one that runs the cell.
     """
-    if not clicks_arrive():
-        words = "Stop: use the interrupt button (■ in the toolbar)"
-        return ipywidgets.Button(description=words, disabled=True, layout={"width": "auto"})
-    button = ipywidgets.Button(description="Stop", icon="stop", tooltip="Stop before the next layer computes")
-    button.on_click(lambda _: stop())
-    _keep_subshell_route(button.comm)
-    return button
+
+    def __init__(self, stop: Callable[[], object]) -> None:
+        self.button = ipywidgets.Button(description="Stop", icon="stop", tooltip="Stop before the next layer computes")
+        words = ""
+        if clicks_arrive():
+            self.button.on_click(lambda _: stop())
+            keep_subshell_route(self.button.comm)
+        else:
+            self.button.disabled = True
+            words = "use the interrupt button (■ in the toolbar)"
+        super().__init__([self.button, ipywidgets.HTML(words)])
+
+    def close(self) -> None:
+        """Take it away: a click that comes late meets nothing."""
+        for widget in self.children:
+            widget.close()
+        super().close()
 
 
 def clicks_arrive() -> bool:
@@ -32,7 +42,7 @@ def clicks_arrive() -> bool:
     return bool(getattr(kernel, "_supports_kernel_subshells", False)) and "VSCODE_PID" not in os.environ
 
 
-def _keep_subshell_route(comm: Any) -> None:
+def keep_subshell_route(comm: Any) -> None:
     """Have messages handled where the page sends them: ipykernel 7.4 hands them to the shell that last sent one, the busy one."""
     if hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda _data, default: default  # noqa: SLF001  # there is no public way

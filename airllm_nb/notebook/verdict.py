@@ -96,10 +96,11 @@ def time_left(state: RunState) -> str:
         if state.tokens < 2:  # noqa: PLR2004  # the prompt's pass, and one to measure
             return ""
         seconds = sum(time.seconds + time.between for time in state.recent) / len(state.recent)
-        seconds *= state.tokens_wanted - state.tokens - min((state.now - state.phase_at) / seconds, 1.0)
+        under_way = state.passes_begun > state.tokens
+        seconds *= state.tokens_wanted - state.tokens - under_way * min((state.now - state.phase_at) / seconds, 1.0)
         return f"{_rounded(seconds)} left at most"  # the model may end its text before
     passed, done = state.now - state.phase_at, state.pass_fraction if state.kind == "prefill" else state.fraction
-    if passed < SURE_AFTER or done < LEAST_FRACTION:
+    if passed < SURE_AFTER or not LEAST_FRACTION <= done < 1:
         return ""
     words = "to the first token" if state.kind == "prefill" else "left"
     return f"{_rounded(passed * (1 - done) / done)} {words}"
@@ -109,6 +110,6 @@ def _rounded(seconds: float) -> str:
     """Write a time so roughly that it does not jump about."""
     if seconds < 100:  # noqa: PLR2004  # seconds people read as such
         step = 1 if seconds < 10 else 5  # noqa: PLR2004
-        return f"about {max(math.ceil(seconds / step) * step, 1)} s"
-    minutes = math.ceil(seconds / 60)
-    return f"about {minutes} min" if minutes < 100 else f"about {math.ceil(minutes / 60)} h"  # noqa: PLR2004
+        return f"about {max(round(seconds / step) * step, 1)} s"
+    minutes = round(seconds / 60)
+    return f"about {minutes} min" if minutes < 100 else f"about {round(minutes / 60)} h"  # noqa: PLR2004

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 # Runs the calls of its argument one after the other, and prints what became of each.
 DRIVER = """
 import json, pathlib, sys
-from airllm_nb.engine import hub
+from airllm_nb.engine import download, hub
 from airllm_nb.errors import AirLLMError
 
 def shown(value):
@@ -55,12 +56,16 @@ class Machine:
         self.home = home
 
     def run(self, *calls, **environment) -> list[dict]:
+        with self.start(*calls, **environment) as process:
+            output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        return [json.loads(line) for line in output.splitlines()]
+
+    def start(self, *calls, **environment) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
         env |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "PYTHONPATH": str(ROOT)} | environment
         command = [sys.executable, "-c", DRIVER, json.dumps([(*call, {}, {})[:3] for call in calls])]
-        done = subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return subprocess.Popen(command, env=env, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def locate(self, model: str, *, function="locate", environment=None, **options) -> dict:
         return self.run((function, model, options), **(environment or {}))[0]
@@ -172,6 +177,82 @@ def test_exactly_what_is_needed_is_downloaded(machine, sharded):
     again = machine.run(("locate", "org/name"), ("locate_headers", "org/name"), ("locate", "org/name", {"revision": folder.name}))
     assert [done["value"] for done in again] == [str(folder), [str(folder), None], str(folder)]
     assert machine.locate("org/name", environment={"HF_HUB_OFFLINE": "1"})["value"] == str(folder)
+
+
+LISTENER = """
+import threading
+from airllm_nb.events import Fetching
+
+here, events = threading.get_ident(), []
+
+def listener(event):
+    assert type(event) is Fetching
+    assert threading.get_ident() == here
+    events.append(event)
+"""
+
+
+def test_a_listener_is_told_of_each_file(machine, sharded):
+    machine.hub.add("org/name", sharded)
+    tell = f"""{LISTENER}
+hub.locate("org/name", progress=listener)
+files = [event for event in events if event.file]
+print(json.dumps([[event.text for event in events], [[event.file, event.done, event.total] for event in files]]))
+"""
+    texts, files = machine.run(("exec", tell))[0]
+    assert texts[0] == "Looking for org/name on the hub"
+    assert texts[-1] == "Downloading org/name from the hub"
+    sizes = {name: (sharded / name).stat().st_size for name in SHARDS}
+    assert {name: total for name, _, total in files} == sizes
+    for name in SHARDS:
+        told = [done for file, done, _ in files if file == name]
+        assert told == sorted(told)
+        assert told[-1] == sizes[name]
+
+
+def test_what_is_written_of_a_file_counts(machine):
+    """Of a file that is complete, under way, under way under the name that newer versions give it, and not yet begun."""
+    blobs = machine.home / "hub" / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in ("complete", "old.incomplete", "new.1a2b3c4d.incomplete"):
+        (blobs / name).write_bytes(bytes(8192))
+    tell = f"""{LISTENER}
+from airllm_nb.engine.download import HubFile, _Watch
+etags = ("complete", "old", "new", "next", "")
+watch = _Watch("org/name", [HubFile(f"{{etag}}.safetensors", 10_000, etag) for etag in etags], listener)
+watch()
+watch()
+print(json.dumps([[event.file, event.done, event.total] for event in events]))
+"""
+    told = machine.run(("exec", tell))[0]
+    done = {"complete": 10_000, "old": 8192, "new": 8192, "next": 0}
+    assert told[:-2] == [[f"{etag}.safetensors", number, 10_000] for etag, number in done.items()]
+    assert told[-2:] == [["", 0, 0]] * 2  # and nothing twice
+
+
+def test_a_listener_stops_a_download(machine, sharded):
+    repo = machine.hub.add("org/name", sharded)
+    repo.waits[SHARDS[1]] = arrives = threading.Event()
+    tell = """
+from airllm_nb.events import Fetching
+def listener(event):
+    if event.file:
+        raise KeyboardInterrupt
+try:
+    hub.locate("org/name", progress=listener)
+except KeyboardInterrupt:
+    print(json.dumps("stopped"), flush=True)
+"""
+    with machine.start(("exec", tell)) as process:
+        try:
+            assert json.loads(process.stdout.readline()) == "stopped"  # while the hub has not sent the second file
+        finally:
+            arrives.set()
+        assert process.wait(60) == 0
+    snapshot = next((machine.home / "hub" / "models--org--name" / "snapshots").iterdir())
+    assert not (snapshot / SHARDS[1]).exists()  # its thread has noticed
+    repo.waits.clear()
+    assert machine.locate("org/name")["value"] == str(snapshot)
 
 
 def test_planning_asks_for_headers_only(machine, sharded, single):
@@ -364,7 +445,7 @@ def test_disk_trouble(machine, single):
     """The RuntimeErrors are as measured with hf_xet 1.8, through which huggingface_hub fetches most weights."""
     machine.hub.add("org/name", single)
     plain, xet, access, network = (
-        [("exec", f"def fail(*a, **k): raise {error}\nhub.snapshot_download = fail"), ("locate", "org/name")]
+        [("exec", f"def fail(*a, **k): raise {error}\ndownload.snapshot_download = fail"), ("locate", "org/name")]
         for error in (
             "OSError(28, 'No space left on device')",
             "RuntimeError('Task error: IO Error: No space left on device (os error 28)')",
@@ -383,8 +464,8 @@ def test_a_partial_snapshot_is_not_taken_for_the_whole(machine, single):
     """Old versions of huggingface_hub return what is there when the hub fails between two calls."""
     machine.hub.add("org/name", single)
     partial = """
-whole = hub.snapshot_download
-hub.snapshot_download = lambda *args, **options: whole(*args, **options | {"allow_patterns": "config.json"})
+whole = download.snapshot_download
+download.snapshot_download = lambda *args, **options: whole(*args, **options | {"allow_patterns": "config.json"})
 """
     (done,) = machine.run(("exec", partial), ("locate", "org/name"))
     assert "not complete" in done["cause"]
@@ -392,14 +473,14 @@ hub.snapshot_download = lambda *args, **options: whole(*args, **options | {"allo
 
 def test_a_bug_keeps_its_traceback(machine, single):
     machine.hub.add("org/name", single)
-    bug = "def fail(*args, **kwargs): raise OSError(9, 'what no user can have caused')\nhub.snapshot_download = fail"
+    bug = "def fail(*args, **kwargs): raise OSError(9, 'what no user can have caused')\ndownload.snapshot_download = fail"
     with pytest.raises(AssertionError, match="what no user can have caused"):
         machine.run(("exec", bug), ("locate", "org/name"))
 
 
 def test_a_complete_cache_that_only_others_may_write(machine, single):
     machine.hub.add("org/name", single)
-    denied = "def fail(*args, **kwargs): raise PermissionError(13, 'Permission denied')\nhub.snapshot_download = fail"
+    denied = "def fail(*args, **kwargs): raise PermissionError(13, 'Permission denied')\ndownload.snapshot_download = fail"
     before, after = machine.run(("locate", "org/name"), ("exec", denied), ("locate", "org/name"))
     assert before == after
     assert "value" in after
