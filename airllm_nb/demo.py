@@ -127,7 +127,7 @@ def _from_hub(tell: Listener) -> Path:
     tell(Fetching("Looking for the demo model on the hub"))
     info = _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS, files_metadata=True))
     files = [hub_file(file) for file in info.siblings or () if file.rfilename in _FILES]
-    return download(DEMO, files, patterns=list(_FILES), revision=info.sha, token=None, progress=tell)
+    return download(DEMO, files, patterns=list(_FILES), revision=None, token=None, progress=tell)
 
 
 def _in_time(call: Callable[[], Any]) -> Any:
