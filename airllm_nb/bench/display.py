@@ -49,12 +49,14 @@ def in_kernel(folder: str, dtype: str, tokens: int, rounds: int) -> None:
     """Generate in turn without a listener and with the widget that ``%%airllm`` shows; print the seconds of each token."""
     from airllm_nb.notebook.progress import Progress, RunState
     from airllm_nb.notebook.renderers import WidgetRenderer
+    from airllm_nb.notebook.verdict import memory_left
 
     found: Seconds = {"off": [], "on": []}
     with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB") as model:
         for number in range(rounds + 1):
             for way in ("off", "on") if number % 2 else ("on", "off"):
-                progress = Progress(RunState(model.name, model.layers, tokens + 1), WidgetRenderer()) if way == "on" else None
+                state = RunState(model.name, model.layers, tokens + 1, memory_left(model))
+                progress = Progress(state, WidgetRenderer()) if way == "on" else None
                 model.progress = progress
                 found[way] += generate(model, tokens)
                 model.progress = None
