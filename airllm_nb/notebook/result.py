@@ -32,7 +32,7 @@ WHY: dict[Stopped, str] = {
     "interrupted": "stopped by the user",
 }
 
-BOX = "max-width:960px;padding:4px 0 6px;font-size:13px;line-height:1.6"
+BOX = "max-width:960px;padding:4px 2px 6px;font-size:13px;line-height:1.6"
 QUIET = "font-size:12px;opacity:0.8"
 PICTURE = "display:block;max-width:100%;height:auto;margin:6px 0 4px"
 SAID = (
@@ -140,7 +140,7 @@ def _layers(answer: Answer) -> Iterator[str]:
     other = max(answer.seconds - computed - waited, 0.0)
     legend = " &nbsp; ".join(f"{_image(timechart.sample(kind), '')} {escape(words)}" for kind, words in parts)
     yield _image(timechart.layer_bars(layers), "Time per layer: " + ", ".join(words for _, words in parts), PICTURE)
-    yield f"<div>{legend} &nbsp; all else {_time(other)}</div>"
+    yield f'<div style="font-size:12px">{legend} &nbsp; all else {_time(other)}</div>'
     how = "above the line reading, below it computing and, thin, waiting" if reads else "the time it computed"
     launch = ". On a GPU, computing is the time to launch it" if answer.settings and answer.settings.device != "cpu" else ""
     yield f'<div style="{QUIET}">one bar for each layer, 0 to {len(layers) - 1}: {how}{launch}</div>'
@@ -150,11 +150,13 @@ def _timeline(timeline: Timeline) -> Iterator[str]:
     """Show pass after pass from left to right, folded. The tokens share one scale; the prompt, which takes long, has its own."""
     prompt, *tokens = timeline.passes
     longest = max([one.seconds for one in tokens] + [one.seconds / one.passes for one in timeline.later], default=0.0)
-    rows = [("prompt, token 1", timechart.pass_lanes(prompt, timeline.read, prompt.seconds), _time(prompt.seconds))]
-    number = 2
-    for one in tokens:
-        rows.append((f"token {number}", timechart.pass_lanes(one, timeline.read, longest), _time(one.seconds)))
-        number += 1
+    rows = []
+    number = 1
+    for one in timeline.passes:
+        scale = prompt.seconds if one is prompt else longest
+        what = ("prompt, token 1" if one is prompt else f"token {number}") if one.completed else "stopped"
+        rows.append((what, timechart.pass_lanes(one, timeline.read, scale), _time(one.seconds)))
+        number += one.completed
     for stretch in timeline.later:
         last = number + stretch.passes - 1
         what = f"tokens {number}–{last}" if last > number else f"token {number}"  # noqa: RUF001  # a dash between numbers
@@ -167,8 +169,8 @@ def _timeline(timeline: Timeline) -> Iterator[str]:
         yield f'<tr style="background-color:transparent">{cells}</tr>'
     how = "reading above, below it computing and, thin, waiting" if timeline.read else "layer after layer"
     mean = "; of those that are taken together the mean is shown" if timeline.later else ""
-    scale = f". Tokens share one scale{mean}" if len(rows) > 1 else ""
-    yield f'</table><div style="{QUIET}">from left to right: {how}{scale}</div></details>'
+    shared = f". Tokens share one scale{mean}" if len(rows) > 1 else ""
+    yield f'</table><div style="{QUIET}">from left to right: {how}{shared}</div></details>'
 
 
 def _image(svg: str, alt: str, style: str = "") -> str:

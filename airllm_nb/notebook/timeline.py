@@ -32,12 +32,15 @@ class Pass:
     ----------
     begin, end : float
         Seconds since the first pass began.
+    completed : bool
+        False if it was stopped before its end, and gave no token.
     waited, computed : tuple of Span
         When the computation stood still for a layer's weights, and when a layer computed.
     """
 
     begin: float
     end: float
+    completed: bool
     waited: tuple[Span, ...]
     computed: tuple[Span, ...]
 
@@ -86,7 +89,7 @@ class Timeline:
     read : tuple of Span
         What was read until the last of them was over; reading goes on between passes, and ahead of them.
     later : tuple of Stretch
-        All other passes, at most `STRETCHES`.
+        All other passes that were completed, at most `STRETCHES`.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -137,7 +140,10 @@ class Recorder:
             return tuple((layer, begin - start, end - start) for layer, begin, end in spans)
 
         return Timeline(
-            tuple(Pass(one.begin - start, one.end - start, since(one.waited), since(one.computed)) for one in self._passes),
+            tuple(
+                Pass(one.begin - start, one.end - start, one.completed, since(one.waited), since(one.computed))
+                for one in self._passes
+            ),
             since(self._read),
             tuple(self._later),
         )
@@ -159,7 +165,8 @@ class Recorder:
     def _pass_end(self, event: PassEnd) -> None:
         self._ended_at = at = event.at - self._pause
         if self._detail:
-            self._passes.append(Pass(self._pass_at, at, tuple(self._waited), tuple(self._computed)))
+            self._passes.append(Pass(self._pass_at, at, event.completed, tuple(self._waited), tuple(self._computed)))
+        if self._detail or not event.completed:
             return
         one = Stretch(1, at - self._pass_at, *self._sums)
         if self._later and self._later[-1].passes < self._length:

@@ -91,6 +91,16 @@ def test_nothing_came(run):
     assert "computing" in page(old).text
 
 
+def test_a_run_that_went_on():
+    run = Run(layers=2).go(2, computed=1.0)
+    run.begin()
+    run.compute(0, computed=1.0)
+    run.end(completed=False)
+    words = page(run.go(7, computed=1.0).answer()).text
+    assert "token 22.0 sstopped1.0 stoken 32.0 s" in words
+    assert "token 8" in words
+
+
 def test_its_text_is_short_and_constant():
     slow, quick = (Run(layers=2).go(3, computed=seconds).answer(device=device) for seconds, device in ((9, "cpu"), (1, "cuda")))
     assert repr(StaticResult(slow)) == repr(StaticResult(quick)) == "<airllm_nb: 3 tokens, the model ended its text>"

@@ -60,7 +60,13 @@ def test_an_interrupted_pass_counts_as_far_as_it_came():
     run.begin()
     run.compute(0, computed=1.0)
     run.end(completed=False)
-    assert [len(one.computed) for one in run.timeline.passes] == [1]
+    run.go(20, computed=1.0)
+    kept = run.timeline
+    assert [one.completed for one in kept.passes] == [False] + [True] * 7
+    assert [len(one.computed) for one in kept.passes] == [1] + [4] * 7
+    run.begin()
+    run.end(completed=False)
+    assert run.timeline == kept  # no token came of it
 
 
 def test_nothing_happened():
