@@ -53,8 +53,10 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             description="system prompt", placeholder="none", rows=2, style=wide, layout={"width": "100%", "max_width": "560px"}
         )
         settings = ipywidgets.VBox([self.temperature, self.top_p, self.seed, self.most, self.system])
-        folded = ipywidgets.Accordion([settings], selected_index=None)
+        self._back = ipywidgets.HTML("The last answer's time, layer by layer, will be here.")
+        folded = ipywidgets.Accordion([settings, self._back], selected_index=None)
         folded.set_title(0, "How it answers: sampling, length, system prompt")
+        folded.set_title(1, "Where the time went")
         self._text = ""
         self._drawn = 0.0
         super().__init__([self._turns, self._growing, self._said, self.prompt, actions, folded])
@@ -103,6 +105,10 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
     def say(self, html: str) -> None:
         """Show something below the conversation that is not part of it."""
         self._said.value = html
+
+    def look_back(self, html: str) -> None:
+        """Show where the time of the last answer went."""
+        self._back.value = html
 
     def enable(self, *, yes: bool) -> None:
         """Let the controls be used, or not."""

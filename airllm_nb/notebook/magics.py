@@ -102,7 +102,8 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
 
         def leave(answer: Answer) -> None:
             self.shell.user_ns["_airllm"] = answer
-            place.update(StaticResult(answer, with_text=True, messages=self.session.conversation.messages))
+            said = self.session.conversation.messages
+            place.update(StaticResult(answer, with_text=True, messages=said, mark=panel.mark))
 
         panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory}, leave)
         publish(panel)

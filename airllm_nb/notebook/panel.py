@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import uuid
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from airllm_nb.notebook import background, report, strip
 from airllm_nb.notebook.chat_box import ChatBox
 from airllm_nb.notebook.model_chooser import ModelChooser, bug, problem
 from airllm_nb.notebook.panel_style import STYLE
+from airllm_nb.notebook.result import StaticResult
 from airllm_nb.notebook.stop_button import keep_subshell_route
 from airllm_nb.notebook.summary import Answer, Interrupted
 
@@ -41,12 +43,15 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
     ----------
     session : Session
         For code in the next cell: ``panel.session.model`` is the loaded model, ``panel.session.answer`` the last answer.
+    mark : str
+        A class that is not seen as long as the panel is: of what it leaves for the time when the widgets are gone.
     """
 
     def __init__(
         self, session: Session, defaults: dict[str, str], publish: Callable[[Answer], object] = lambda _answer: None
     ) -> None:
         self.session = session
+        self.mark = f"airllm-of-{uuid.uuid4().hex[:8]}"
         self._publish = publish
         self._working = False
         self._was_loaded = False
@@ -68,7 +73,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         loading = _row(self.load_button, self.stop_load_button, self.unload_button, self.change_button)
         self.chat = ChatBox(_row(self.ask_button, self.stop_button, self.proceed_button, self.forget_button, self.copy_button))
         super().__init__([
-            ipywidgets.HTML(strip.STYLE + STYLE),
+            ipywidgets.HTML(strip.STYLE + STYLE + f"<style>.{self.mark} {{ display: none; }}</style>"),
             self._head, self.chooser, loading, self._said, self._picture, self.chat, self._plain,
         ])  # fmt: skip
         self.add_class("airllm-panel")
@@ -209,6 +214,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if answer.stopped == "length":
             about += " · longest answer reached; Continue goes on"
         self._notes[len(conversation.messages) - 1] = about
+        self.chat.look_back(StaticResult(answer).html)
         self._publish(answer)
 
     def _start(self, work: Callable[[], object]) -> None:

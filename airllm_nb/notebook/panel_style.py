@@ -15,10 +15,10 @@ STYLE = """<style>
 .airllm-problem { font-size: 13px; line-height: 1.5; padding: 2px 8px; margin: 2px 0;
   border-left: 3px solid var(--jp-error-color1, #d32f2f); }
 .airllm-problem pre { overflow: auto; max-height: 16em; font-size: 12px; }
-.airllm-plan { display: grid; grid-template-columns: max-content 1fr; gap: 0 12px; margin: 4px 0 6px; font-size: 13px;
-  line-height: 1.55; font-variant-numeric: tabular-nums; }
-.airllm-plan dt, .airllm-plan dd { margin: 0; padding: 0; float: none; width: auto; }
-.airllm-plan dt { opacity: .75; font-weight: 400; }
+.airllm-panel .airllm-plan { display: grid; grid-template-columns: max-content 1fr; gap: 0 12px; margin: 4px 0 6px;
+  font-size: 13px; line-height: 1.55; font-variant-numeric: tabular-nums; }
+.airllm-panel .airllm-plan dt, .airllm-panel .airllm-plan dd { margin: 0; padding: 0; float: none; width: auto; }
+.airllm-panel .airllm-plan dt { opacity: .75; font-weight: 400; }
 .airllm-turn { font-size: 14px; line-height: 1.5; margin: 6px 0; padding: 6px 10px; border-radius: 6px; }
 .airllm-turn > b { display: block; font-size: 12px; font-weight: 600; opacity: .75; }
 .airllm-turn > div { white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -58,6 +58,8 @@ class StaticResult:
         What ran, where the answer does not say (`Answer.settings`).
     with_text : bool
         Carry the text too. A cell that wrote it to stdout has it already.
+    mark : str
+        A class for all of it, by which a page can find it.
     messages : sequence of mapping
         With `with_text`, the whole conversation in place of the answer's text: ``{"role": ..., "content": ...}`` each.
     """
@@ -69,19 +71,21 @@ class StaticResult:
         *,
         with_text: bool = False,
         messages: Sequence[Mapping[str, str]] = (),
+        mark: str = "",
     ) -> None:
         said = (messages or [{"role": "assistant", "content": answer.text}]) if with_text else ()
-        self._html = "".join(_render(answer, model, said))
+        html = "".join(_render(answer, model, said))
+        self.html = f'<div class="{escape(mark)}">{html}</div>' if mark else html
         self._text = f"<airllm_nb: {_tokens(len(answer.token_ids))}, {WHY[answer.stopped]}>"
 
     def __repr__(self) -> str:  # without times: nbval compares it
         return self._text
 
     def _repr_html_(self) -> str:
-        return self._html
+        return self.html
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002  # the protocol
-        return {"text/plain": self._text, "text/html": self._html}
+        return {"text/plain": self._text, "text/html": self.html}
 
 
 def _render(answer: Answer, model: LayeredModel | None, said: Sequence[Mapping[str, str]]) -> Iterator[str]:

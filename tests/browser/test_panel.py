@@ -104,6 +104,9 @@ def test_load_ask_stop_and_go_on(open_panels, theme):
     panel.wait_for_text("<b>And of Italy?</b>")
     panel.idle()
     panel.wait_for_text("were in the KV cache")
+    left = page.locator(".jp-OutputArea pre:has-text('The capital of France is Paris.')")
+    left.first.wait_for(state="attached")  # for the time when the widgets are gone; until then it would be there twice
+    assert not left.first.is_visible()
     notebook.screenshot(f"panel-answered-{theme.lower()}", 0)
 
 
