@@ -49,7 +49,7 @@ def roll_back(cache: Any, length: int) -> bool:
         from the later ones (a recurrent state).
     """
     parts = [part for part in _parts(cache) if type(part).__name__ != EMPTY]
-    if not all(type(part).__name__ in GROWING for part in parts):
+    if not parts or not all(type(part).__name__ in GROWING for part in parts):
         return False
     states = [vars(part) for part in parts]
     held = max((_positions(state) for state in states), default=0)
