@@ -126,8 +126,8 @@ class Unseen:
         """Take the next piece of the text."""
         pairs = enumerate(zip(text, self._above, strict=False))
         same = next((at for at, (one, other) in pairs if one != other), min(len(text), len(self._above)))
-        self._above = self._above[same:] if same == len(text) else ""
-        with interrupt_later():  # or who knows whether it was written
+        with interrupt_later():  # or who knows what was written
+            self._above = self._above[same:] if same == len(text) else ""
             self._made += text
             if new := text[same:]:
                 self._write(new)

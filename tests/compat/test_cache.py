@@ -78,7 +78,7 @@ def test_a_new_cache_is_the_one_that_generate_makes(checkpoint, kind):
         found = model.generate(IDS, past_key_values=cache, return_dict_in_generate=True, **options)
         assert torch.equal(found.sequences, expected.sequences)
         assert found.past_key_values is cache
-        assert caches_of.length(cache) == 18
+        assert caches_of.length(cache) == found.sequences.shape[1] - 1
         if not isinstance(expected.past_key_values, tuple):  # version 4.43 hands it out in its old form
             assert kinds(cache) == kinds(expected.past_key_values)
 
