@@ -24,7 +24,7 @@ def new(model: Any) -> Any:
     static cache of Gemma 2 and 3 before `KNOWS_LAYERS`, or no cache at all.
     """
     kind, config = type(getattr(model, "_hf", model)), model.generation_config
-    own = any(name in kind.__name__.lower() for name in ("mamba", "falconh1"))
+    own = any(name in kind.__name__.lower() for name in ("mamba", "falconh1", "recurrentgemma"))
     static = not KNOWS_LAYERS and getattr(config, "cache_implementation", None) == "hybrid"
     if (
         own or static or config.use_cache is False or model.config.is_encoder_decoder

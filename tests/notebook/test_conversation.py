@@ -311,3 +311,18 @@ def test_the_random_state_is_not_touched_by_a_greedy_turn(session, folder):
     before = torch.get_rng_state()
     session.chat("Hello", max_new_tokens=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cache_that_counts_otherwise_is_not_reused(session, folder, monkeypatch):
+    """As CPM-Ant's, which begins with positions of its own."""
+    load(session, folder("llama"))
+    fresh, conversation = Fresh(folder("llama")), session.conversation
+    session.chat("Hello", max_new_tokens=8)
+    length = cache.length
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "length", lambda kept: length(kept) and length(kept) + 32)
+        assert conversation.last.held() == []
+        answer = session.chat("What?", max_new_tokens=8)
+    assert list(answer.token_ids) == fresh.answer(conversation.messages[:-1])
+    assert conversation.reused == 0
+    assert conversation.note == "Nothing of it is in memory: the whole conversation is read again."
