@@ -27,7 +27,10 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = ["compat", "engine/test_parity.py", "engine/test_experts.py", "notebook/test_doctor.py"]
+CHECKS = [
+    "compat", "engine/test_parity.py", "engine/test_experts.py", "notebook/test_doctor.py", "notebook/test_conversation.py",
+    "notebook/test_continue.py",
+]  # fmt: skip
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 
 

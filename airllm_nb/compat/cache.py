@@ -24,7 +24,7 @@ def new(model: Any) -> Any:
     static cache of Gemma 2 and 3 before `KNOWS_LAYERS`, or no cache at all.
     """
     kind, config = type(getattr(model, "_hf", model)), model.generation_config
-    own = any(name in kind.__name__.lower() for name in ("mamba", "falconh1"))
+    own = any(name in kind.__name__.lower() for name in ("mamba", "falconh1", "recurrentgemma"))
     static = not KNOWS_LAYERS and getattr(config, "cache_implementation", None) == "hybrid"
     if (
         own or static or config.use_cache is False or model.config.is_encoder_decoder
@@ -49,7 +49,7 @@ def roll_back(cache: Any, length: int) -> bool:
         from the later ones (a recurrent state).
     """
     parts = [part for part in _parts(cache) if type(part).__name__ != EMPTY]
-    if not all(type(part).__name__ in GROWING for part in parts):
+    if not parts or not all(type(part).__name__ in GROWING for part in parts):
         return False
     states = [vars(part) for part in parts]
     held = max((_positions(state) for state in states), default=0)

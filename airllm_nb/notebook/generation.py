@@ -77,6 +77,7 @@ class Run:
         self._point: Point | None = None  # None before it has begun
         self._stream: TextStream | None = None
         self._unseen = Unseen("", lambda _: None)
+        self._asked = randomness.state()
         self._seconds = 0.0
         self._layers: tuple[LayerTotals, ...] = ()
         self._recorder = Recorder()
@@ -99,9 +100,12 @@ class Run:
             self._wanted = self._room("prompt", "Shorten it: the answer needs room too.", write)
 
     def go(
-        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event | None = None
+        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event, *, again: bool
     ) -> Answer:
         """Go on where it stands; write the text that is new, and return the whole answer.
+
+        The first time, sampling without a seed takes PyTorch's random numbers. `again`, it takes those that it would have got
+        then, and leaves the random state as it is.
 
         Raises
         ------
@@ -110,7 +114,7 @@ class Run:
         KeyboardInterrupt
             If the user interrupts, or `stop` is set; `interrupted` says more.
         """
-        answer = self._answer(self._make(new_renderer, write, stop))
+        answer = self._answer(self._make(new_renderer, write, stop, again=again))
         self.keep(answer)
         return answer
 
@@ -153,11 +157,11 @@ class Run:
             self._point.restore()
 
     def _make(
-        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event | None
+        self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event, *, again: bool
     ) -> Stopped:
         """Generate what is missing, and return how the text ends."""
         outside = randomness.state()
-        aside = self._point is not None or self._sampling.seed is not None  # the random numbers are not the user's own
+        aside = again or self._sampling.seed is not None
         wanted = self._wanted - (self._point.made if self._point else 0)
         state = RunState(self.model.name, self.model.layers, wanted, memory_left(self.model), self._recorder)
         self._recorder.resume()
@@ -204,7 +208,9 @@ class Run:
 
     def _generate(self, show: Callable[[str], object], progress: Progress) -> None:
         if self._point is None:
-            if self._sampling.seed is not None:
+            if self._sampling.seed is None:
+                randomness.put_back(self._asked)
+            else:
                 torch.manual_seed(self._sampling.seed)
             self._point = self._here()
         else:
@@ -214,9 +220,6 @@ class Run:
         if self._complete(stream):  # the interrupt came late
             stream.end()
             return
-        total = len(self.prompt) + len(stream.ids)
-        if cache.length(self.cache) >= total and not cache.roll_back(self.cache, total - 1):  # see `_agrees`
-            self.cache = cache.new(self.model)
 
         def listen(event: Event) -> None:
             if type(event) is PassBegin:
@@ -226,6 +229,7 @@ class Run:
         self.model.progress = listen
         with decoding.refusals(self.model, progress.state):
             self.model.generate(**self._options(stream))
+        stream.end()
 
     def _options(self, stream: TextStream) -> dict[str, Any]:
         """Return what ``generate`` takes: all ids, those included whose keys the cache holds already."""
@@ -235,8 +239,7 @@ class Run:
             "attention_mask": torch.ones_like(ids),
             "max_new_tokens": self._wanted - len(stream.ids),
             "pad_token_id": decoding.pad_id(self.model),
-            "streamer": stream,
-            "stopping_criteria": [_StopFlag(stream)],
+            "stopping_criteria": [_Take(stream, self._complete)],
         }
         if self.cache is not None:
             options |= {"past_key_values": self.cache, "cache_implementation": None}
@@ -251,14 +254,10 @@ class Run:
         """Go back to the begin of the last pass, unless the id that it gave was kept: then on to the present."""
         if self._point is None:
             return
-        if len(self.ids) > self._point.made and self._agrees() and not self.model.generation_config.stop_strings:
+        if len(self.ids) > self._point.made and not self.model.generation_config.stop_strings:
             self._point = self._here()
         else:  # with stop strings of the checkpoint, transformers has to look at that id again
             self._point.restore()
-
-    def _agrees(self) -> bool:
-        """Tell whether the cache holds all ids but the last: where ids are streamed a pass late (on MPS), it does not."""
-        return self.cache is None or cache.length(self.cache) == len(self.prompt) + len(self.ids) - 1
 
     def _open(self, write: Callable[[str], object], ids: list[int]) -> TextStream:
         """Make the text again as far as it goes, and write what the reader has not seen of it."""
@@ -297,11 +296,18 @@ class Run:
         return Answer(text, tuple(self.ids), len(self.prompt), self._seconds, stopped, self._layers, settings, timeline)
 
 
-class _StopFlag:
-    """A stopping criterion for ``generate``, which asks it right after it has handed the token to the streamer."""
+class _Take:
+    """A stopping criterion for ``generate``, by which each new id comes.
 
-    def __init__(self, stream: TextStream) -> None:
+    A streamer gets it later: since transformers 5.23 after all criteria, so that the text would go on for a token after a stop
+    string, and on MPS a whole pass later.
+    """
+
+    def __init__(self, stream: TextStream, complete: Callable[[TextStream], bool]) -> None:
         self._stream = stream
+        self._complete = complete
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        if not self._complete(self._stream):
+            self._stream.take(input_ids[0, -1:].tolist())
         return torch.full((input_ids.shape[0],), self._stream.stopped, dtype=torch.bool, device=input_ids.device)

@@ -69,6 +69,7 @@ class Session:
         self.conversation = Conversation()
         self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._run: Run | None = None  # what can be gone on with
+        self._given: Answer | None = None  # by the call that is under way
         self._new_renderer = new_renderer
         self._write = write
         self._model: LayeredModel | None = None
@@ -181,9 +182,12 @@ class Session:
             from airllm_nb.notebook.decoding import Sampling
             from airllm_nb.notebook.generation import Run
 
-            run = Run(model, lambda: prompts.encode(model, prompt, system, raw=raw), Sampling(**sampling))
-            run.system = system
-            return self._begin(run, renderer, write)
+            def make() -> Run:
+                run = Run(model, lambda: prompts.encode(model, prompt, system, raw=raw), Sampling(**sampling))
+                run.system = system
+                return run
+
+            return self._begin(make, renderer, write)
 
     def chat(
         self,
@@ -219,9 +223,10 @@ class Session:
             model = self.model
             from airllm_nb.notebook.decoding import Sampling
 
-            with quiet():
-                turn = self.conversation.turn(model, prompt, system, Sampling(**sampling))
-            return self._begin(turn, renderer, write)
+            def make() -> Run:
+                return self.conversation.turn(model, prompt, system, Sampling(**sampling))
+
+            return self._begin(make, renderer, write)
 
     def proceed(self, *, renderer: Renderer | None = None, write: Callable[[str], object] | None = None) -> Answer:
         """Go on with the last text, if it was stopped or cut at its largest length: what comes out is as if it had not been.
@@ -238,12 +243,12 @@ class Session:
             If the user interrupts again.
         """
         with self._alone():
-            run = self._run
-            if run is None or run.model is not self.model:
+            model, run = self.model, self._run
+            if run is None or run.model is not model:
                 raise SessionError("There is nothing to go on with: no text was stopped or cut.", "Ask something first.")
             if run.limited:
                 run.extend(write or self._write)
-            return self._go(run, renderer, write)
+            return self._go(run, renderer, write, again=True)
 
     @property
     def can_proceed(self) -> bool:
@@ -260,10 +265,12 @@ class Session:
         with self._alone():
             self._free()
 
-    def _begin(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
+    def _begin(self, make: Callable[[], Run], renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
         """Make a new answer; where it is refused, what could be gone on with before still can."""
-        before, self._run = self._run, run
+        before, self._run = self._run, None
         try:
+            with quiet():
+                self._run = run = make()
             with self._interruptible(run):
                 run.begin(write or self._write)
         except Exception:
@@ -271,20 +278,18 @@ class Session:
             raise
         del before  # with its KV cache
         try:
-            return self._go(run, renderer, write)
+            return self._go(run, renderer, write, again=False)
         except Exception:
             self._run = None
             raise
 
-    def _go(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
+    def _go(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None, *, again: bool) -> Answer:
         write = write or self._write
         with self._interruptible(run):
             run.begin(write)  # again, if that was interrupted
-            self.answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop)
-            run.limited = self.answer.stopped == "length"
-            if not run.limited:
-                self._run = None  # last: until then, an interrupt means that nobody has got the answer yet
-        return self.answer
+            answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop, again=again)
+        self.answer = self._given = answer
+        return answer
 
     @contextlib.contextmanager
     def _interruptible(self, run: Run) -> Iterator[None]:
@@ -322,9 +327,13 @@ class Session:
                 raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
             self._owner = me
             self._stop.clear()
+            self._given = None
         try:
             self._tell()
             yield
+            if self._given is not None and self._run is not None:  # last: an interrupt before means that it was not given
+                self._run.limited = self._given.stopped == "length"
+                self._run = self._run if self._run.limited else None
         except Interrupted:
             raise
         except KeyboardInterrupt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from airllm_nb.notebook.interrupts import interrupt_later
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -40,16 +42,17 @@ class TextStream:
         self._begin = self._end = 0  # ids[begin:end] are written and give the next ids their context
         self._held = ""  # text that may be the beginning of a stop string
         for number in ids:
-            self._take([number])
+            self.take([number])
 
     def put(self, value: Any) -> None:
         """Take the prompt's ids first, then those of each new token: what ``generate`` calls."""
         if self._prompt_is_next:
             self._prompt_is_next = False
         else:
-            self._take(value.reshape(-1).tolist())
+            self.take(value.reshape(-1).tolist())
 
-    def _take(self, ids: list[int]) -> None:
+    def take(self, ids: list[int]) -> None:
+        """Take the next ids."""
         self.ids += ids  # at once: whatever comes after may be interrupted, and is made again from the ids
         text = self._new_text()
         if text and not text.endswith(REPLACEMENT):
@@ -123,10 +126,11 @@ class Unseen:
         """Take the next piece of the text."""
         pairs = enumerate(zip(text, self._above, strict=False))
         same = next((at for at, (one, other) in pairs if one != other), min(len(text), len(self._above)))
-        self._above = self._above[same:] if same == len(text) else ""
-        self._made += text
-        if new := text[same:]:
-            self._write(new)
+        with interrupt_later():  # or who knows what was written
+            self._above = self._above[same:] if same == len(text) else ""
+            self._made += text
+            if new := text[same:]:
+                self._write(new)
 
     def close(self) -> None:
         """Write no more: what takes the text may be large, and is not held."""

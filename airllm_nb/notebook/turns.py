@@ -89,7 +89,8 @@ class Turn(Run):
     def held(self) -> list[int]:
         """Return the ids whose keys and values the cache holds."""
         self.rewind()
-        return (self.prompt + self.ids)[: cache.length(self.cache)]
+        ids, length = self.prompt + self.ids, cache.length(self.cache)
+        return ids[:length] if length < len(ids) else []  # CPM-Ant puts positions of its own before them
 
 
 def _encode(model: LayeredModel, messages: Sequence[Message]) -> list[int]:
@@ -117,7 +118,7 @@ def _why(model: LayeredModel, kept: Any, held: Sequence[int], shared: int) -> st
     if kept is None:
         return f"This version of transformers does not let {model.name} keep its state between turns: {again}."
     if not held:
-        return f"The last turn was stopped before anything was read: {again}."
+        return f"Nothing of it is in memory: {again}."
     if not shared:
         return f"The conversation begins otherwise than before: {again}."
     return (
