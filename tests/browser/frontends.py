@@ -28,9 +28,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         log = folder / "server.log"
         with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "2"} | environ
-            )
+            self.process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environ)
         for _ in range(240):
             if self.process.poll() is None:
                 with contextlib.suppress(urllib.error.URLError, OSError):

@@ -40,12 +40,9 @@ class Page:
         self.page.wait_for_timeout(500)  # until it has been laid out
 
     def zoom(self, factor):
-        """Zoom the page as the browser's menu does: fewer, larger CSS pixels in a window of the same size."""
+        """Zoom as the browser's menu does in a window of this size: fewer CSS pixels, of which the screenshot has one each."""
         size = self.page.viewport_size
-        metrics = {name: round(size[name] / factor) for name in ("width", "height")}
-        session = self.page.context.new_cdp_session(self.page)
-        session.send("Emulation.setDeviceMetricsOverride", metrics | {"deviceScaleFactor": factor, "mobile": False})
-        self.page.wait_for_timeout(500)
+        self.resize(*(round(size[name] / factor) for name in ("width", "height")))
 
     def screenshot(self, name):
         SCREENSHOTS.mkdir(exist_ok=True)
@@ -61,7 +58,7 @@ class Lab(Page):
     - The kernel: `restart` presses 0 0 and accepts, and returns when the new kernel is there.
     - Another one beside it: ``other = lab.beside(path)`` opens a notebook of the same server in another tab, with a kernel of
       its own: two strips, or two panels, at once.
-    - The window: ``resize(800)``, ``zoom(2)`` for 200% (and ``zoom(1)``), then `cut_off` lists what does not fit any more.
+    - The window: ``resize(800)``, ``zoom(2)`` for 200% (``zoom(1 / 2)`` goes back), then `cut_off` lists what does not fit.
     - Afterwards: ``save()`` and ``reopen()`` show the notebook as somebody sees it who opens it tomorrow.
     """
 

@@ -8,7 +8,7 @@ from airllm_nb.demo import demo_path
 
 BESIDE = "https://cdn.jsdelivr.net/npm/@fortawesome/"  # icons that Voila's own template asks for
 CELLS = (
-    "%load_ext airllm_nb\n%airllm load demo --device cpu --dtype float32 --memory 250MB",
+    "%load_ext airllm_nb\n%airllm load demo --device cpu --dtype float32",
     "%%airllm --max-new-tokens 12\nWhat is the capital of France?",
     """import ipywidgets
 button, place = ipywidgets.Button(description="Ask"), ipywidgets.Output()
@@ -16,7 +16,7 @@ button, place = ipywidgets.Button(description="Ask"), ipywidgets.Output()
 @button.on_click
 def ask(_):
     with place:
-        get_ipython().run_cell_magic("airllm", "--max-new-tokens 12", "What is the capital of Italy?")
+        get_ipython().run_cell_magic("airllm", "--max-new-tokens 12", "What is the capital of Japan?")
 
 display(button, place)""",
 )
@@ -32,7 +32,7 @@ def test_app(serve, window, tmp_path, theme, progressive):
     # A page that comes at the end has each piece that a cell wrote on a line of its own, from us as from print: Voila's way.
     app.watch("The capital of France is Paris." if progressive else "Paris")
     app.page.get_by_role("button", name="Ask").click()
-    pictures = app.watch("The capital of Italy is Rome.")
+    pictures = app.watch("The capital of Japan is Tokyo.")
     assert len(pictures) > 3, "the strip does not move"
     assert any("computing" in picture for picture in pictures)
     app.screenshot(f"voila-{theme.lower()}")
