@@ -8,13 +8,13 @@ SCREENSHOTS = Path(__file__).parent / "screenshots"
 BUSY = 60_000  # milliseconds that a page may take to come, on a machine with other things to do
 
 STATES = "place => Array.from(place?.querySelectorAll('.airllm-strip i') ?? [], cell => cell.classList[0])"
-# What reaches out of the output of a cell, or is wider than its own place, and not meant to be scrolled.
+# What is seen, reaches out of the output of a cell, and does not lie in something that scrolls.
 CUT_OFF = """output => {
     const right = output.getBoundingClientRect().right + 1;
+    const scrolls = element => element && element !== output
+        && (/auto|scroll/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
     return Array.from(output.querySelectorAll('*'))
-        .filter(element => element.getBoundingClientRect().width && !element.closest('svg') && !element.closest('style'))
-        .filter(element => element.getBoundingClientRect().right > right
-            || element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX === 'hidden')
+        .filter(element => element.checkVisibility() && element.getBoundingClientRect().right > right && !scrolls(element))
         .map(element => `${element.tagName} ${element.className}: ${element.textContent.slice(0, 60)}`);
 }"""
 
