@@ -35,9 +35,9 @@ CHECKS = [
 ]  # fmt: skip
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 QUICKSTART = TESTS.parent / "notebooks" / "01_quickstart.ipynb"
-# What the versions of IPython and ipywidgets cannot change, and what takes long beside the quickstart.
+# What the versions of IPython and ipywidgets cannot change; what takes long; what needs nbconvert's templates, which are not lent.
 NOT_ON_COLAB = ("test_decoding.py", "test_doctor.py", "test_streaming.py", "test_terminal.py")
-SLOW = "not nbval_strict and not test_bench"
+LEFT_OUT = "not nbval_strict and not test_bench and not test_nbconvert"
 
 
 def main(wanted: list[str]) -> int:
@@ -87,7 +87,7 @@ def check_colab(folder: Path) -> bool:
         raise RuntimeError(f"The environment has other packages than Colab: {found}")
     begin = time.monotonic()
     notebook = ("--ignore=" + str(TESTS / "notebook" / name) for name in NOT_ON_COLAB)
-    passed = run_tests(python, str(TESTS / "notebook"), *notebook, "-k", SLOW, str(QUICKSTART))
+    passed = run_tests(python, str(TESTS / "notebook"), *notebook, "-k", LEFT_OUT, str(QUICKSTART))
     print(f"Colab's packages: tested in {time.monotonic() - begin:.0f} s", flush=True)
     return passed
 
