@@ -35,7 +35,7 @@ CHECKS = [
 ]  # fmt: skip
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 QUICKSTART = TESTS.parent / "notebooks" / "01_quickstart.ipynb"
-# What the versions of IPython and ipywidgets cannot change; what takes long; what needs nbconvert's templates, which are not lent.
+# What IPython and ipywidgets cannot change; what takes long; what needs nbconvert's templates, which are not lent.
 NOT_ON_COLAB = ("test_decoding.py", "test_doctor.py", "test_streaming.py", "test_terminal.py")
 LEFT_OUT = "not nbval_strict and not test_bench and not test_nbconvert"
 
