@@ -1,9 +1,10 @@
-"""Run the tests that depend on the version of transformers in real environments: ``python tests/matrix.py [VERSION ...]``.
+"""Run the tests that depend on what is installed in real environments: ``python tests/matrix.py [VERSION or colab ...]``.
 
 With ``--measure``, write how wrong plain transformers is in each version, for the notebook about it.
 
 Each environment is a virtual environment of its own that has one version of transformers and what that needs; everything else,
 PyTorch among it, it borrows from the environment that runs this script, which has the newest version and says what is right.
+``colab`` is one that has the notebook packages of Google Colab.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from airllm_nb.compat import versions
 
 TESTS = Path(__file__).parent
 BELOW_THE_FLOOR = "4.40.2"
+COLAB = ("ipywidgets==7.7.1", "ipython==7.34.0", "ipykernel==6.17.1")
 # Without VIRTUAL_ENV, by which IPython puts the packages of the environment that runs this script before all others.
 ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -32,28 +34,33 @@ CHECKS = [
     "notebook/test_continue.py",
 ]  # fmt: skip
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
+QUICKSTART = TESTS.parent / "notebooks" / "01_quickstart.ipynb"
+# What IPython and ipywidgets cannot change; what takes long; what needs nbconvert's templates, which are not lent.
+NOT_ON_COLAB = ("test_decoding.py", "test_doctor.py", "test_streaming.py", "test_terminal.py")
+LEFT_OUT = "not nbval_strict and not test_bench and not test_nbconvert"
 
 
 def main(wanted: list[str]) -> int:
     """Build each environment and run its tests; returns the number of those that fail."""
     folder = Path(os.environ.get("AIRLLM_NB_MATRIX") or tempfile.mkdtemp())
-    print(f"Making checkpoints of every family and type with transformers {versions.TESTED[-1]}", flush=True)
     answers = folder / "answers"
-    if not answers.exists():
+    if not answers.exists() and wanted != ["colab"]:
+        print(f"Making checkpoints of every family and type with transformers {versions.TESTED[-1]}", flush=True)
         run([sys.executable, str(TESTS / "compat" / "families.py"), str(answers / "families")])
         run([sys.executable, str(TESTS / "walk.py"), str(answers / "types")])
     if "--measure" in wanted:
         found = {version: measure(version, folder, answers) for version in versions.TESTED}
         versions.MEASURED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return 0
-    failed = [version for version in wanted or [BELOW_THE_FLOOR, *versions.TESTED[:-1]] if not check(version, folder, answers)]
-    print(f"{'Failed: ' + ', '.join(failed) if failed else 'All versions passed.'}", flush=True)
+    names = wanted or ["colab", BELOW_THE_FLOOR, *versions.TESTED[:-1]]
+    failed = [name for name in names if not (check_colab(folder) if name == "colab" else check(name, folder, answers))]
+    print(f"{'Failed: ' + ', '.join(failed) if failed else 'All environments passed.'}", flush=True)
     return len(failed)
 
 
 def measure(version: str, folder: Path, answers: Path) -> object:
     """Return what `compat/measured.py` finds in the environment of one version."""
-    python = Path(sys.executable) if version == versions.TESTED[-1] else environment(folder / version, version)
+    python = Path(sys.executable) if version == versions.TESTED[-1] else environment(folder / version, f"transformers=={version}")
     output = subprocess.check_output([python, TESTS / "compat" / "measured.py", answers / "families"], env=ENVIRON)
     return json.loads(output.splitlines()[-1])
 
@@ -61,19 +68,37 @@ def measure(version: str, folder: Path, answers: Path) -> object:
 def check(version: str, folder: Path, answers: Path) -> bool:
     """Make the environment of one version and run the tests in it."""
     begin = time.monotonic()
-    python = environment(folder / version, version)
+    python = environment(folder / version, f"transformers=={version}")
     built = time.monotonic()
-    tests = ["compat/test_floor.py"] if version == BELOW_THE_FLOOR else CHECKS
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / test) for test in tests)]
+    tests = [str(TESTS / test) for test in (["compat/test_floor.py"] if version == BELOW_THE_FLOOR else CHECKS)]
     if version == versions.TESTED[0] and NOTEBOOK.exists():
-        command.append(str(NOTEBOOK))
-    passed = run(command, AIRLLM_NB_ANSWERS=str(answers), check=False)
+        tests.append(str(NOTEBOOK))
+    passed = run_tests(python, *tests, AIRLLM_NB_ANSWERS=str(answers))
     print(f"transformers {version}: built in {built - begin:.0f} s, tested in {time.monotonic() - built:.0f} s", flush=True)
     return passed
 
 
-def environment(folder: Path, version: str) -> Path:
-    """Return the interpreter of an environment with one version of transformers, made if it is not there yet."""
+def check_colab(folder: Path) -> bool:
+    """Make the environment with Colab's notebook packages, and run what a notebook shows in it."""
+    python = environment(folder / "colab", *COLAB)
+    seen = "import IPython, ipykernel, ipywidgets as w; print(w.__version__, IPython.__version__, ipykernel.__version__)"
+    found = subprocess.check_output([python, "-c", seen], env=ENVIRON, text=True).split()
+    if found != [package.partition("==")[2] for package in COLAB]:
+        raise RuntimeError(f"The environment has other packages than Colab: {found}")
+    begin = time.monotonic()
+    notebook = ("--ignore=" + str(TESTS / "notebook" / name) for name in NOT_ON_COLAB)
+    passed = run_tests(python, str(TESTS / "notebook"), *notebook, "-k", LEFT_OUT, str(QUICKSTART))
+    print(f"Colab's packages: tested in {time.monotonic() - begin:.0f} s", flush=True)
+    return passed
+
+
+def run_tests(python: Path, *arguments: str, **environ: str) -> bool:
+    """Run pytest in an environment; returns whether it succeeded."""
+    return run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], check=False, **environ)
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    """Return the interpreter of an environment that has some packages of its own, made if it is not there yet."""
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if python.exists():
         return python
@@ -81,7 +106,7 @@ def environment(folder: Path, version: str) -> Path:
     own = Path(subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip())
     borrowed = "; ".join(f"site.addsitedir({path!r})" for path in site.getsitepackages())
     (own / "borrowed.pth").write_text(f"import site; {borrowed}\n")  # after its own packages
-    install = ["install", "-q", "--no-warn-conflicts", "--disable-pip-version-check", f"transformers=={version}"]
+    install = ["install", "-q", "--no-warn-conflicts", "--disable-pip-version-check", *packages]
     run([sys.executable, "-m", "pip", "--python", str(python), *install])
     return python
 

@@ -152,7 +152,8 @@ def _budget(asked: str | float, device: torch.device, reserve: int, least: int, 
     allowed = max(free - reserve, 0)
     if allowed < least:
         raise MemoryBudgetError(
-            f"This model needs at least {format_size(least)}. The {limit} leaves {format_size(free)}, of which "
+            f"This model needs at least {format_size(least)}. {'' if limit[0].isupper() else 'The '}{limit} leaves "
+            f"{format_size(free)}, of which "
             f"{format_size(reserve)} are kept for the KV cache and activations.",
             f'Free memory or choose a smaller model; memory="{-(-least // 10**6)}MB" insists, at your own risk.',
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,17 +24,19 @@ def compute_threads() -> Threads:
     """Return how many threads should compute on this machine's CPU.
 
     The least of what PyTorch would take (the number of cores, ``OMP_NUM_THREADS``, or what ``torch.set_num_threads`` was told),
-    the cores that this process may run on, and its container's quota of processor time. PyTorch does not look at the last one:
-    its threads then use up the quota early in every period (0.1 s, usually), and all of them stand still for the rest of it,
-    also the one that others wait for.
+    the cores that this process may run on, its container's quota of processor time, and JupyterHub's ``CPU_LIMIT``. PyTorch does
+    not look at the last two. With a quota its threads then use it up early in every period (0.1 s, usually), and all of them
+    stand still for the rest of it, also the one that others wait for. The limit alone stops nobody, where the hub's spawner
+    starts plain processes: then it is the other users who wait.
     """
     own = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or own
     count = min(own, cores)
-    quota = cpu_quota()
+    limits = ((cpu_quota(), "the container may use"), (hub_limit(), "JupyterHub's CPU_LIMIT is"))
+    limit, authority = min(((cores, authority) for cores, authority in limits if cores), default=(math.inf, ""))
     # Part of a core is left for reading: with 1.5 one thread took 0.92 (64 rows) to 0.98 (one row) of the time of two in float32.
-    if quota is not None and max(int(quota), 1) <= count:
-        return Threads(max(int(quota), 1), f"the container may use {quota:.3g} {'core' if quota == 1 else 'cores'}")
+    if limit < count + 1:
+        return Threads(max(int(limit), 1), f"{authority} {limit:.3g} {'core' if limit == 1 else 'cores'}")
     if own < cores:
         return Threads(own, f"PyTorch's setting; {cores} cores")
     return Threads(cores, f"{cores} {'core' if cores == 1 else 'cores'}")
@@ -50,6 +53,15 @@ def cpu_quota() -> float | None:
         if time and period:
             quotas.append(time / period)
     return min(quotas, default=None)
+
+
+def hub_limit() -> float | None:
+    """Return the cores that JupyterHub grants its user: ``CPU_LIMIT``, as its spawners set it; None without a limit."""
+    with contextlib.suppress(ValueError):  # empty, or not written by a spawner
+        limit = float(os.environ.get("CPU_LIMIT", ""))
+        if 0 < limit < math.inf:
+            return limit
+    return None
 
 
 def apply() -> Threads:

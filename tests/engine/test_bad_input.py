@@ -308,7 +308,7 @@ def test_the_prompt_counts_with_its_cache_and_every_way_to_ask_for_tokens(checkp
 
 def test_an_automatic_budget_names_its_limit(checkpoint, monkeypatch):
     monkeypatch.setenv("MEM_LIMIT", "1000")
-    with pytest.raises(MemoryBudgetError, match=r"JupyterHub's MEM_LIMIT leaves 0 B.*choose a smaller model"):
+    with pytest.raises(MemoryBudgetError, match=r"\. JupyterHub's MEM_LIMIT leaves 0 B.*choose a smaller model"):
         load(checkpoint())
 
 

@@ -23,6 +23,7 @@ def machine(monkeypatch, tmp_path):
 
     def make(cores=8, own=8, groups="", **files):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.delenv("CPU_LIMIT", raising=False)
         monkeypatch.setattr(cgroups, "CGROUP", tmp_path)
         monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "own")
         (tmp_path / "own").write_text(groups)
@@ -65,6 +66,20 @@ def test_quotas(machine, version, level, quota, count, reason):
         files = {f"{folder}cpu_max": f"{'max' if quota == '-1' else quota} 100000\n"}
         files |= {f"{other}cpu_max": "max 100000\n"} if level == "above" else {}  # the root has no such file
     machine(groups=V1 if version == 1 else V2, **files)
+    assert threads.compute_threads() == (count, reason)
+
+
+@pytest.mark.parametrize(
+    ("limit", "quota", "count", "reason"),
+    [("2.0", "max", 2, "JupyterHub's CPU_LIMIT is 2 cores"), ("1.0", "max", 1, "JupyterHub's CPU_LIMIT is 1 core"),
+     ("0.5", "max", 1, "JupyterHub's CPU_LIMIT is 0.5 cores"), ("3.5", "max", 3, "JupyterHub's CPU_LIMIT is 3.5 cores"),
+     ("2.0", "150000", 1, "the container may use 1.5 cores"), ("2.0", "300000", 2, "JupyterHub's CPU_LIMIT is 2 cores"),
+     ("64", "max", 8, "8 cores"), *((text, "max", 8, "8 cores") for text in ("", "0.0", "-1", "inf", "nan", "lots"))],
+)  # fmt: skip
+def test_jupyterhubs_limit(machine, monkeypatch, limit, quota, count, reason):
+    """As a spawner writes it into the environment; the tighter of it and a container's quota counts."""
+    machine(groups=V2, user__cpu_max=f"{quota} 100000\n")
+    monkeypatch.setenv("CPU_LIMIT", limit)
     assert threads.compute_threads() == (count, reason)
 
 
