@@ -35,7 +35,8 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
         self._turns = ipywidgets.HTML()
         self._growing = ipywidgets.HTML()
         self._said = ipywidgets.HTML()
-        self.prompt = ipywidgets.Textarea(placeholder="Ask something", rows=3, layout={"width": "100%"})
+        # While it is typed, what is sent lags behind, and a click would overtake it: so it is sent when it is left.
+        self.prompt = ipywidgets.Textarea(placeholder="Ask something", rows=3, continuous_update=False, layout={"width": "100%"})
         wide, narrow = {"description_width": "130px"}, {"width": "230px"}
         self.temperature = ipywidgets.FloatSlider(
             description="temperature", value=0.0, min=0.0, max=2.0, step=0.1, style=wide, readout_format=".1f",
@@ -45,12 +46,17 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             description="top p", value=1.0, min=0.05, max=1.0, step=0.05, style=wide, readout_format=".2f",
             tooltip="Sample from the likeliest tokens with this share together; 1: from all",
         )  # fmt: skip
-        self.seed = ipywidgets.Text(description="seed", placeholder="none", style=wide, layout=narrow)
+        self.seed = ipywidgets.Text(description="seed", placeholder="none", continuous_update=False, style=wide, layout=narrow)
         self.most = ipywidgets.BoundedIntText(
             description="longest answer", value=256, min=1, max=1_000_000, style=wide, layout=narrow, tooltip="In tokens"
         )
         self.system = ipywidgets.Textarea(
-            description="system prompt", placeholder="none", rows=2, style=wide, layout={"width": "100%", "max_width": "560px"}
+            description="system prompt",
+            placeholder="none",
+            rows=2,
+            continuous_update=False,
+            style=wide,
+            layout={"width": "100%", "max_width": "560px"},
         )
         settings = ipywidgets.VBox([self.temperature, self.top_p, self.seed, self.most, self.system])
         self._back = ipywidgets.HTML("The last answer's time, layer by layer, will be here.")

@@ -99,6 +99,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         _show(self.chat, yes=loaded)
         _show(self.stop_load_button, yes=_shown(self.chooser))
         messages = self.session.conversation.messages if loaded else []
+        if not working:  # before anything can be pressed again
+            self.chat.show(messages, self._notes)
         self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
         self.ask_button.disabled = working
         self.stop_button.disabled = self.stop_load_button.disabled = not working
@@ -106,8 +108,6 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.forget_button.disabled = self.copy_button.disabled = working or not messages
         self.chooser.enable(yes=not working)
         self.chat.enable(yes=not working)
-        if not working:
-            self.chat.show(messages, self._notes)
 
     def draw(self, state: RunState) -> None:
         """Draw a load or a run: the session's `Renderer` is this panel itself."""
