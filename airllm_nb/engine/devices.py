@@ -31,8 +31,9 @@ class DeviceInfo:
 
 def devices() -> tuple[DeviceInfo, ...]:
     """Return the CPU and every kind of accelerator that PyTorch knows, usable or not."""
+    number = threads.compute_threads().number
     return (
-        DeviceInfo("cpu", f"CPU ({threads.compute_threads().number} threads)", usable=True, reason="always there"),
+        DeviceInfo("cpu", f"CPU ({number} thread{'' if number == 1 else 's'})", usable=True, reason="always there"),
         *_cuda(),
         _mps(),
         _xpu(),

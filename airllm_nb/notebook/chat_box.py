@@ -36,7 +36,7 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
         self._growing = ipywidgets.HTML()
         self._said = ipywidgets.HTML()
         # While it is typed, what is sent lags behind, and a click would overtake it: so it is sent when it is left.
-        self.prompt = ipywidgets.Textarea(placeholder="Ask something", rows=3, continuous_update=False, layout={"width": "100%"})
+        self.prompt = ipywidgets.Textarea(placeholder="Ask something", rows=3, continuous_update=False, layout={"width": "auto"})
         wide, narrow = {"description_width": "130px"}, {"width": "230px"}
         self.temperature = ipywidgets.FloatSlider(
             description="temperature", value=0.0, min=0.0, max=2.0, step=0.1, style=wide, readout_format=".1f",

@@ -66,7 +66,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.proceed_button = _button("Continue", "play", self._proceed)
         self.forget_button = _button("New conversation", "eraser", self._forget)
         self.copy_button = _button("Copy", "copy", self._copy)
-        self._plain = ipywidgets.Textarea(rows=6, layout={"width": "100%", "display": "none"})
+        self._plain = ipywidgets.Textarea(rows=6, layout={"width": "auto", "display": "none"})
         self._head = ipywidgets.HTML()
         self._picture = ipywidgets.HTML()
         self._said = ipywidgets.HTML()

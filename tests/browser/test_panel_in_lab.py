@@ -1,6 +1,7 @@
 """The panel as a person uses it: a real JupyterLab, a real browser, the demo model, and no code but %airllm."""
 
 import nbformat
+import pages
 import pytest
 
 from airllm_nb.demo import demo_path
@@ -100,14 +101,15 @@ def test_load_ask_stop_and_go_on(open_panels, theme):
     panel.ask("What is the capital of France?")
     panel.wait_for_text("The capital of France is Paris.")
     panel.idle()
-    panel.ask("<b>And of Italy?</b>")
-    panel.wait_for_text("<b>And of Italy?</b>")
+    panel.ask("And what is the capital of Italy?")
+    panel.wait_for_text("And what is the capital of Italy?")
     panel.idle()
     panel.wait_for_text("were in the KV cache")
     left = page.locator(".jp-OutputArea pre:has-text('The capital of France is Paris.')")
     left.first.wait_for(state="attached")  # for the time when the widgets are gone; until then it would be there twice
     assert not left.first.is_visible()
     notebook.screenshot(f"panel-answered-{theme.lower()}", 0)
+    panel.root.screenshot(path=pages.SCREENSHOTS / f"panel-alone-{theme.lower()}.png")  # these two are in the README
 
 
 def test_two_panels_and_bad_input(open_panels):
