@@ -44,6 +44,9 @@ class Watcher(Protocol):
     def refresh(self) -> None:
         """Look at the session again."""
 
+    def close(self) -> None:
+        """Go away: the session is not used any more."""
+
 
 class Session:
     """Holds at most one model, and runs it.
