@@ -74,7 +74,7 @@ def length(cache: Any) -> int:
 
 
 def snapshot(cache: Any) -> Callable[[], None]:
-    """Return a function that puts a KV cache back to what it is now.
+    """Return a function that puts a KV cache back to what it is now; it may be called again.
 
     ``crop`` cannot do that: a pass that is aborted in layer 2 has lengthened only two layers, and sliding windows have dropped
     positions already.
@@ -84,7 +84,7 @@ def snapshot(cache: Any) -> Callable[[], None]:
     def restore() -> None:
         for part, state in saved:
             vars(part).clear()
-            vars(part).update(state)
+            vars(part).update(_copy(state, share=type(part).__name__ in GROWING))
 
     return restore
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,17 +167,34 @@ def attention(config: Any) -> dict[str, str]:
     return {}
 
 
+_asking: set[object] = set()
+_verbosity = 0
+_quiet_guard = threading.Lock()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' advice to programmers from standing on stderr, in the middle of a text."""
+    """Keep transformers' advice to programmers from standing on stderr, in the middle of a text.
+
+    Several threads may ask for it at once: what was before comes back when the last of them has finished.
+    """
+    global _verbosity  # noqa: PLW0603  # transformers has one for all threads, too
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    me = object()
     try:
+        with _quiet_guard:
+            if not _asking:
+                _verbosity = logging.get_verbosity()
+            _asking.add(me)
+            logging.set_verbosity_error()
         yield
     finally:
-        logging.set_verbosity(before)
+        with _quiet_guard:
+            if me in _asking:  # or an interrupt came before
+                _asking.remove(me)
+                if not _asking:
+                    logging.set_verbosity(_verbosity)
 
 
 def first_line(error: Exception) -> str:

@@ -44,5 +44,7 @@ class Conversation:
         return Turn(model, self, prompt, system, sampling)
 
     def close(self) -> None:
-        """Let the KV cache go."""
+        """Let the KV cache go, whoever still holds the turn."""
+        if self.last is not None:
+            self.last.release()
         self.last = None

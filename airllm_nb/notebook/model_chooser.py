@@ -60,7 +60,6 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         )
         self._range = (0, 0)
         self._following = False
-        self._closed = False
         self.plan = ipywidgets.HTML()
         self._problems = {name: ipywidgets.HTML() for name in ("model", "device", "memory")}
         device, dtype = _labelled("Device", self.device), _labelled("Dtype", self.dtype)
@@ -108,7 +107,6 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
 
     def close(self) -> None:
         """Take the controls away, and plan no more."""
-        self._closed = True
         self._planner.close()
         super().close()
 
@@ -150,7 +148,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         except Exception:  # noqa: BLE001  # a bug, which keeps its traceback: a thread has no other place for it
             self.plan.value = bug(traceback.format_exc())
             return
-        if is_latest() and not self._closed:
+        if is_latest():
             self.plan.value = describe(decided, prediction)
 
     def _fit_slider(self, decided: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 import uuid
 from html import escape
@@ -16,13 +17,14 @@ from airllm_nb.notebook.model_chooser import ModelChooser, bug, problem
 from airllm_nb.notebook.panel_style import STYLE
 from airllm_nb.notebook.result import StaticResult
 from airllm_nb.notebook.stop_button import keep_subshell_route
-from airllm_nb.notebook.summary import Answer, Interrupted
+from airllm_nb.notebook.summary import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from airllm_nb.notebook.progress import RunState
     from airllm_nb.notebook.session import Session
+    from airllm_nb.notebook.summary import Answer
 
 
 class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no types
@@ -55,7 +57,9 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._publish = publish
         self._working = False
         self._was_loaded = False
-        self._notes: dict[int, str] = {}
+        self._refreshing = threading.RLock()
+        self._noted = session.conversation
+        self._notes: dict[int, str] = {}  # of that conversation's messages, by their number
         self.chooser = ModelChooser(defaults)
         self.load_button = _button("Load", "download", self._load, primary=True)
         self.unload_button = _button("Unload", "eject", self._unload)
@@ -87,54 +91,52 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
     def refresh(self) -> None:
         """Show the session as it is now: a cell, or another panel, may have changed it."""
-        loaded, working = self.session.loaded, self._working or self.session.busy
-        if loaded != self._was_loaded and not working:
-            self._was_loaded = loaded
-            _show(self.chooser, yes=not loaded)
-        about = escape(report.one_line(self.session.model)) if loaded else "no model is loaded"
-        self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{about}</span></div>'
-        _show(self.load_button, yes=_shown(self.chooser))
-        _show(self.unload_button, yes=loaded)
-        _show(self.change_button, yes=loaded and not _shown(self.chooser))
-        _show(self.chat, yes=loaded)
-        _show(self.stop_load_button, yes=_shown(self.chooser))
-        messages = self.session.conversation.messages if loaded else []
-        if not working:  # before anything can be pressed again
-            self.chat.show(messages, self._notes)
-        self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
-        self.ask_button.disabled = working
-        self.stop_button.disabled = self.stop_load_button.disabled = not working
-        self.proceed_button.disabled = working or not self._can_proceed()
-        self.forget_button.disabled = self.copy_button.disabled = working or not messages
-        self.chooser.enable(yes=not working)
-        self.chat.enable(yes=not working)
-
-    def draw(self, state: RunState) -> None:
-        """Draw a load or a run: the session's `Renderer` is this panel itself."""
-        self._picture.value = strip.render(state)
-
-    def before_text(self) -> None:
-        """Do nothing: text has its own place."""
-
-    def close_drawing(self) -> None:
-        """Take the picture away."""
-        self._picture.value = ""
+        with self._refreshing:  # or of two threads the one that looked first could be the last to draw
+            self._refresh()
 
     def close(self) -> None:
         """Stop what is under way, and take the panel away."""
         if self._working:
             self.session.stop()
         self.session.watchers.discard(self)
-        self.chooser.close()
+        _close_all(self.children)
         super().close()
+
+    def _refresh(self) -> None:
+        working = self._working or self.session.busy
+        try:
+            about, loaded = report.one_line(self.session.model), True
+        except AirLLMError:  # there is none, or it has just been unloaded
+            about, loaded = "no model is loaded", False
+        if loaded != self._was_loaded and not working:
+            self._was_loaded = loaded
+            _show(self.chooser, yes=not loaded)
+        self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{escape(about)}</span></div>'
+        _show(self.load_button, yes=_shown(self.chooser))
+        _show(self.unload_button, yes=loaded)
+        _show(self.change_button, yes=loaded and not _shown(self.chooser))
+        _show(self.chat, yes=loaded)
+        _show(self.stop_load_button, yes=_shown(self.chooser))
+        conversation = self.session.conversation
+        if conversation is not self._noted:
+            self._noted, self._notes = conversation, {}
+        messages = conversation.messages if loaded else []
+        if not working:  # before anything can be pressed again
+            self.chat.show(messages, self._notes)
+        self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
+        self.ask_button.disabled = working
+        self.stop_button.disabled = self.stop_load_button.disabled = not working
+        self.proceed_button.disabled = working or not self.session.can_proceed_in_conversation
+        self.forget_button.disabled = self.copy_button.disabled = working or not messages
+        self.chooser.enable(yes=not working)
+        self.chat.enable(yes=not working)
 
     # What the buttons do
 
     def _load(self) -> None:
         def work() -> None:
             self.chooser.all_is_well()
-            self._notes = {}
-            self.session.load(**self.chooser.options, renderer=_Drawing(self))
+            self.session.load(**self.chooser.options, renderer=_Drawing(self._picture))
             _show(self.chooser, yes=False)
             self._was_loaded = True
 
@@ -142,8 +144,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
     def _unload(self) -> None:
         self._picture.value = ""
-        self._notes = {}
-        self.session.unload()
+        self._start(self.session.unload, quick=True)
 
     def _change(self) -> None:
         _show(self.chooser, yes=True)
@@ -158,18 +159,15 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             return
 
         def work() -> None:
-            messages = [*self.session.conversation.messages, {"role": "user", "content": prompt}]
-            self.chat.show(messages, self._notes)
+            said = self.session.conversation.messages
+            before = len(said)
+            self.chat.show([*said, {"role": "user", "content": prompt}], self._notes)
             self.chat.begin()
             self.chat.prompt.value = ""
             try:
-                self._keep(self.session.chat(prompt, renderer=_Drawing(self), write=self.chat.write, **sampling))
-            except Interrupted as stop:
-                if stop.answer is not None:
-                    self._keep(stop.answer)
-                raise
+                self._answer(lambda: self.session.chat(prompt, **self._shown_here(), **sampling))
             finally:
-                if not any(message["content"].strip() == prompt.strip() for message in self.session.conversation.messages[-2:]):
+                if len(said) == before:
                     self.chat.prompt.value = prompt  # it was refused: nothing that was written is lost
 
         self._start(work)
@@ -180,19 +178,25 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             text = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
             self.chat.show(messages[:-1] if text else messages, self._notes)
             self.chat.begin(text)
-            self._keep(self.session.proceed(renderer=_Drawing(self), write=self.chat.write))
+            self._answer(lambda: self.session.proceed(**self._shown_here()))
 
         self._start(work)
 
-    def _can_proceed(self) -> bool:
-        """Tell whether the last text can be gone on with, and is the conversation's: a cell may have run another one."""
-        answer, messages = self.session.answer, self.session.conversation.messages
-        return self.session.can_proceed and bool(messages) and answer is not None and messages[-1]["content"] == answer.text
+    def _shown_here(self) -> dict[str, Any]:
+        return {"renderer": _Drawing(self._picture), "write": self.chat.write}
+
+    def _answer(self, run: Callable[[], Answer]) -> None:
+        """Have an answer made, and keep what there is of it when it is stopped."""
+        try:
+            self._keep(run())
+        except Interrupted as stop:
+            if stop.answer is not None:
+                self._keep(stop.answer)
+            raise
 
     def _forget(self) -> None:
-        self._notes = {}
         self._plain.layout.display = "none"
-        self.session.forget()
+        self._start(self.session.forget, quick=True)
 
     def _copy(self) -> None:
         """Show the conversation as plain text, to be selected and copied: no core widget reaches the clipboard."""
@@ -217,15 +221,18 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.chat.look_back(StaticResult(answer).html)
         self._publish(answer)
 
-    def _start(self, work: Callable[[], object]) -> None:
-        """Do what a click asks for, and show what comes of it."""
+    def _start(self, work: Callable[[], object], *, quick: bool = False) -> None:
+        """Do what a click asks for, and show what comes of it; what is `quick` needs no thread."""
         if self._working:
             return
         self._working = True
         self._said.value = ""
         self.chat.say("")
         self.refresh()
-        background.run(lambda: self._do(work))
+        if quick:
+            self._do(work)
+        else:
+            background.run(lambda: self._do(work))
 
     def _do(self, work: Callable[[], object]) -> None:
         try:
@@ -251,21 +258,21 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
 
 class _Drawing:
-    """The panel as what draws one load or run."""
+    """Draws one load or run into a widget of the panel."""
 
-    def __init__(self, panel: Panel) -> None:
-        self._panel = panel
+    def __init__(self, picture: ipywidgets.HTML) -> None:
+        self._picture = picture
 
     def draw(self, state: RunState) -> None:
         """Replace the picture."""
-        self._panel.draw(state)
+        self._picture.value = strip.render(state)
 
     def before_text(self) -> None:
         """Do nothing: text has its own place."""
 
     def close(self) -> None:
         """Take the picture away."""
-        self._panel.close_drawing()
+        self._picture.value = ""
 
 
 def _button(text: str, icon: str, click: Callable[[], object], *, primary: bool = False) -> ipywidgets.Button:
@@ -286,3 +293,10 @@ def _show(widget: ipywidgets.DOMWidget, *, yes: bool) -> None:
 
 def _shown(widget: ipywidgets.DOMWidget) -> bool:
     return bool(widget.layout.display != "none")
+
+
+def _close_all(widgets: Iterable[ipywidgets.Widget]) -> None:
+    """Close widgets and all within them: ipywidgets keeps every open one, and a button keeps the panel."""
+    for widget in widgets:
+        _close_all(getattr(widget, "children", ()))
+        widget.close()

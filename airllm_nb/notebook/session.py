@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +43,9 @@ class Watcher(Protocol):
 
     def refresh(self) -> None:
         """Look at the session again."""
+
+    def close(self) -> None:
+        """Go away: the session is not used any more."""
 
 
 class Session:
@@ -255,6 +259,11 @@ class Session:
         """Whether the last text was stopped or cut, so that `proceed` can go on with it."""
         return self._run is not None and not self.busy
 
+    @property
+    def can_proceed_in_conversation(self) -> bool:
+        """Whether that text is the conversation's last answer."""
+        return self.can_proceed and self._run is self.conversation.last
+
     def forget(self) -> None:
         """Begin a new conversation, and let the memory of the old one go."""
         with self._alone():
@@ -276,7 +285,7 @@ class Session:
         except Exception:
             self._run = before
             raise
-        del before  # with its KV cache
+        self._let_go(before)
         try:
             return self._go(run, renderer, write, again=False)
         except Exception:
@@ -296,10 +305,16 @@ class Session:
         try:
             with quiet():
                 yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            traceback.clear_frames(interrupt.__traceback__)  # as below
             stopped = run.interrupted()
             self.answer = stopped.answer
             raise stopped from None
+
+    def _let_go(self, run: Run | None) -> None:
+        """Free a run's KV cache, unless the conversation goes on with it: IPython's last traceback may hold the run itself."""
+        if run is not None and run is not self.conversation.last:
+            run.release()
 
     def _forget(self) -> None:
         if self._run is not None and self._run.conversation is self.conversation:
@@ -310,6 +325,7 @@ class Session:
     def _free(self) -> None:
         if self._model is None:
             return
+        self._let_go(self._run)
         self._run = None
         self._forget()
         with interrupt_later():  # in the middle, it could be lost in a finalizer, which raises nothing
@@ -321,14 +337,14 @@ class Session:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         me = threading.get_ident()
-        with self._guard:
-            # A thread does one thing at a time: should an interrupt hit between here and `try`, its next run is let in.
-            if self._owner not in {None, me}:
-                raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
-            self._owner = me
-            self._stop.clear()
-            self._given = None
         try:
+            with self._guard:
+                # A thread does one thing at a time: should an interrupt keep what is below from being undone, it is let in again.
+                if self._owner not in {None, me}:
+                    raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
+                self._owner = me
+                self._stop.clear()
+                self._given = None
             self._tell()
             yield
             if self._given is not None and self._run is not None:  # last: an interrupt before means that it was not given
@@ -336,11 +352,13 @@ class Session:
                 self._run = self._run if self._run.limited else None
         except Interrupted:
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half loaded or half computed
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
-            self._owner = None
-            self._tell()
+            if self._owner == me:
+                self._owner = None
+                self._tell()
 
     def _tell(self) -> None:
         for watcher in list(self.watchers):

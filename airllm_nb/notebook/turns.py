@@ -74,6 +74,8 @@ class Turn(Run):
             if last and last.cache is not None and shared and cache.roll_back(last.cache, shared):
                 self.cache, conversation.reused, conversation.note = last.release(), shared, ""
             else:
+                if last:
+                    last.release()
                 self.cache, conversation.reused = cache.new(self.model), 0
                 conversation.note = _why(self.model, self.cache, held, shared) if last else ""
             conversation.last = self

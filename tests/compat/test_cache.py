@@ -128,6 +128,19 @@ def test_rolled_back_to_nothing(checkpoint, kind):
         assert torch.equal(forward(model, IDS, cache).logits, forward(model, IDS, caches_of.new(model)).logits)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_it_can_be_put_back_again_and_again(checkpoint, kind):
+    """Also an empty one whose list of layers grows."""
+    with loaded(checkpoint(kind)) as model:
+        cache = transformers.DynamicCache()
+        restore = caches_of.snapshot(cache)
+        for _ in range(2):
+            forward(model, IDS[:, :3], cache)
+            assert caches_of.length(cache) == 3
+            restore()
+            assert caches_of.length(cache) == 0
+
+
 def test_a_recurrent_state_is_not_rolled_back():
     class State(transformers.DynamicCache):
         pass

@@ -392,3 +392,17 @@ def test_out_of_range(monkeypatch):
 )
 def test_what_transformers_says_in_one_line(text, line):
     assert config.first_line(ValueError(text)) == line
+
+
+def test_quiet_for_several_threads():
+    """One begins before the other, and ends before it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    one, other = config.quiet(), config.quiet()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert logging.get_verbosity() == logging.ERROR
+    other.__exit__(None, None, None)
+    assert logging.get_verbosity() == before

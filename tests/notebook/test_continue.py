@@ -2,8 +2,11 @@
 
 import _thread
 import dataclasses
+import gc
 import signal
+import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -404,3 +407,24 @@ def test_the_magic(shell, chat):
     assert shell["answer"] is answer  # it is of the cell, which this was not
     assert len(shell["_airllm"].token_ids) == 10
     assert "unrecognized arguments" in shell.fail("%airllm continue now")
+
+
+def test_what_was_stopped_is_not_kept_by_its_traceback(shell, chat):
+    """IPython keeps that of the last exception, with all frames."""
+    shell.run(f"%airllm load {chat} --device cpu --dtype float32")
+    session = shell.magics.session
+    session._write = lambda _text: session.stop()
+    for after in ("%airllm unload", f"%airllm load {chat} --device cpu --dtype float32", "%%airllm --max-new-tokens 1\nHello"):
+        if not session.loaded:
+            shell.run(f"%airllm load {chat} --device cpu --dtype float32")
+        shell.fail("%%airllm --max-new-tokens 20\nHello")
+        keys = weakref.ref(next(tensors(session._run.cache)))
+        shell.run(after)
+        gc.collect()
+        assert sys.last_value is not None
+        assert keys() is None, after
+
+
+def tensors(kept):
+    for part in cache._parts(kept):
+        yield from cache._tensors(vars(part))

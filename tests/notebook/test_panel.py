@@ -1,9 +1,13 @@
 """The panel without a browser: what its buttons do to the session, and what they say."""
 
+import gc
+import threading
+import weakref
+
 import pytest
 from waiting import wait_for
 
-from airllm_nb.notebook import background
+from airllm_nb.notebook import background, report
 from airllm_nb.notebook.panel import Panel
 from airllm_nb.notebook.renderers import SilentRenderer
 from airllm_nb.notebook.session import Session
@@ -23,7 +27,7 @@ class Person:
         widget.click()
 
     def done(self):
-        wait_for(lambda: not self.panel._working, 60)
+        wait_for(lambda: not self.panel._working and self.panel.stop_button.disabled, 60)  # the last is set after what it shows
         return self
 
     def load(self, folder):
@@ -182,11 +186,135 @@ def test_two_panels_of_one_session(person, chat):
     other.close()
 
 
+def test_going_on_that_is_stopped_is_left_too(person, chat, published):
+    panel = person.load(chat).panel
+    person.ask("Hello", most=30).done()
+    original = panel.chat.write
+
+    def stop_soon(text):
+        original(text)
+        panel.session.stop()
+
+    panel.chat.write = stop_soon
+    person.click("proceed")
+    person.done()
+    assert len(published[-1].token_ids) > 30
+    assert published == [published[0], panel.session.answer]
+    assert f"{len(published[-1].token_ids)} tokens in" in person.conversation
+
+
+def test_only_the_conversation_can_be_gone_on_with(person, chat):
+    """Not a cell's text, though it is the same."""
+    session = person.load(chat).panel.session
+    person.ask("Hello").done()
+    assert not person.panel.proceed_button.disabled
+    session.ask("Hello", max_new_tokens=12, write=lambda _: None)
+    assert session.answer.text == session.conversation.messages[-1]["content"]
+    assert session.can_proceed
+    assert person.panel.proceed_button.disabled
+
+
+def test_a_prompt_that_was_said_before_is_not_lost_either(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello").done()
+    panel.chat.system.value = "long " * 2000
+    person.ask("Hello").done()
+    assert "context of 4096" in person.said
+    assert panel.chat.prompt.value == "Hello"
+
+
+def test_notes_are_of_one_conversation(person, chat, tmp_path):
+    other = Person(Panel(person.panel.session, DEFAULTS))
+    person.load(chat)
+    other.ask("Hello").done()
+    assert "12 tokens in" in other.conversation
+    other.click("change")
+    other.load(tmp_path)  # which fails: model and conversation stay
+    assert "12 tokens in" in other.conversation
+    person.click("forget")
+    person.ask("Hello again", most=3).done()
+    wait_for(lambda: "Hello again" in other.conversation)
+    assert "tokens in" not in other.conversation
+    other.panel.close()
+
+
+def test_a_click_while_a_cell_runs_is_answered(person, chat):
+    """It may overtake the word that buttons are disabled."""
+    panel = person.load(chat).panel
+    begun, go = threading.Event(), threading.Event()
+
+    def write(_text):
+        begun.set()
+        assert go.wait(60)
+
+    cell = threading.Thread(target=panel.session.ask, args=("Hello",), kwargs={"max_new_tokens": 3, "write": write})
+    cell.start()
+    assert begun.wait(60)
+    for click in (panel._unload, panel._forget):
+        click()
+        assert "The model is busy" in person.said
+    go.set()
+    cell.join()
+    assert panel.session.loaded
+    assert not panel.unload_button.disabled
+
+
+def test_the_model_may_go_while_it_is_looked_at(person, chat, monkeypatch):
+    panel = person.load(chat).panel
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "loaded", True)  # a moment ago
+        panel.session.unload()
+    assert "no model is loaded" in panel._head.value
+
+
+def test_of_two_threads_the_last_look_is_shown(person, chat, monkeypatch):
+    panel = person.load(chat).panel
+    looked, go = threading.Event(), threading.Event()
+    one_line = report.one_line
+
+    def slow(model):
+        if threading.current_thread() is first:
+            looked.set()
+            assert go.wait(60)
+        return one_line(model)
+
+    monkeypatch.setattr(report, "one_line", slow)
+    panel._working = True
+    first = threading.Thread(target=panel.refresh)
+    first.start()
+    assert looked.wait(60)
+    panel._working = False
+    second = threading.Thread(target=panel.refresh)
+    second.start()
+    second.join(0.2)
+    go.set()
+    first.join()
+    second.join()
+    assert not panel.ask_button.disabled
+
+
+def test_a_panel_that_is_closed_is_not_kept(person):
+    panel = Panel(person.panel.session, DEFAULTS)
+    gone = weakref.ref(panel)
+    panel.close()
+    del panel
+    wait_for(lambda: gc.collect() is not None and gone() is None)
+
+
 def test_closing_stops_the_run(person, chat):
     panel = person.load(chat).panel
     panel.chat.write = lambda _text: panel.close()
     person.ask("Hello", most=2000).done()
     assert len(panel.session.answer.token_ids) < 100
+
+
+def test_it_is_closed_with_the_extension(shell):
+    panel = Panel(shell.magics.session, DEFAULTS)
+    session = shell.magics.session
+    shell.run("%reload_ext airllm_nb")
+    assert shell.magics.session is not session
+    assert not list(session.watchers)
+    assert panel.load_button.comm is None
 
 
 def test_its_text_is_short_and_constant(person):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import traceback
 
 import pytest
 import torch
@@ -257,3 +258,35 @@ def test_stop_ends_a_load_and_a_late_one_stops_nothing(session, chat):
     assert not session.loaded
     session.stop()
     assert session.load(str(chat), device="cpu", dtype="float32") is session.model
+
+
+class Interrupts(threading.Event):
+    """An event at which the interrupt hits."""
+
+    def clear(self):
+        self.clear = super().clear
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_at_the_very_beginning_leaves_it_free():
+    session = Session(SilentRenderer)
+    session._stop = Interrupts()
+    with pytest.raises(Interrupted):
+        session.unload()
+    assert not session.busy
+
+
+def test_a_load_that_was_stopped_is_not_kept_by_its_traceback(chat):
+    session = Session(SilentRenderer)
+
+    class Stops(SilentRenderer):
+        def draw(self, state):
+            if state.kind == "load":
+                session.stop()
+
+    with pytest.raises(Interrupted) as stopped:
+        session.load(str(chat), device="cpu", dtype="float32", renderer=Stops())
+    frames = [frame for frame, _ in traceback.walk_tb(stopped.value.__context__.__traceback__)]
+    loading = [frame for frame in frames if frame.f_code.co_name == "from_pretrained"]
+    assert loading
+    assert not any(frame.f_locals for frame in loading)
