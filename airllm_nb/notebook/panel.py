@@ -20,7 +20,7 @@ from airllm_nb.notebook.stop_button import keep_subshell_route
 from airllm_nb.notebook.summary import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
     from airllm_nb.notebook.progress import RunState
     from airllm_nb.notebook.session import Session
@@ -81,8 +81,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             self._head, self.chooser, loading, self._said, self._picture, self.chat, self._plain,
         ])  # fmt: skip
         self.add_class("airllm-panel")
-        for button in (self.stop_button, self.stop_load_button):
-            keep_subshell_route(button.comm)  # it also stops what a cell runs
+        for widget in _within(self):  # one route for all: a click must not overtake what was typed, nor wait for a cell
+            keep_subshell_route(widget.comm)
         self.session.watchers.add(self)
         self.refresh()
 
@@ -99,7 +99,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if self._working:
             self.session.stop()
         self.session.watchers.discard(self)
-        _close_all(self.children)
+        for widget in [*_within(self)][1:]:  # ipywidgets keeps every open one, and a button keeps the panel
+            widget.close()
         super().close()
 
     def _refresh(self) -> None:
@@ -295,8 +296,8 @@ def _shown(widget: ipywidgets.DOMWidget) -> bool:
     return bool(widget.layout.display != "none")
 
 
-def _close_all(widgets: Iterable[ipywidgets.Widget]) -> None:
-    """Close widgets and all within them: ipywidgets keeps every open one, and a button keeps the panel."""
-    for widget in widgets:
-        _close_all(getattr(widget, "children", ()))
-        widget.close()
+def _within(widget: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
+    """Yield a widget and all within it."""
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from _within(child)

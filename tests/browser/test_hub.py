@@ -124,7 +124,7 @@ def test_two_users_at_once(hub, window, huge, tmp_path):
 
     for index in range(3):
         run_together(labs, index)
-    assert all(len(pictures) > 3 for pictures in run_together(labs, 3)), "a strip does not move"
+    assert all(len(pictures) > 2 for pictures in run_together(labs, 3)), "a strip does not move"
     for user, lab in zip(users, labs, strict=True):
         assert re.search(r"30 layers, \d+ resident, \d+ streamed", lab.output(1))
         assert "auto: JupyterHub's MEM_LIMIT less" in lab.output(2)

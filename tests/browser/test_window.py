@@ -33,7 +33,7 @@ def test_a_notebook_among_others(two):
     while any(lab.running(2) for lab in two):
         for lab, seen in zip(two, pictures, strict=True):
             seen.add(lab.states(2))
-    assert all(len(seen) > 3 for seen in pictures), "a strip does not move"
+    assert all(len(seen) > 2 for seen in pictures), "a strip does not move"
     assert all("The capital of France is Paris." in lab.output(2) for lab in two)
 
     lab, other = two
