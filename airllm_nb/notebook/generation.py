@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -292,7 +292,9 @@ class Run:
             stream = TextStream(self.model.tokenizer, lambda _: None, self._sampling.stop, self.ids)
             stream.end()
             text = stream.text
-        settings, timeline = Settings.of(self.model, self._sampling, self.system), self._recorder.timeline()
+        most = max(self._sampling.max_new_tokens, self._wanted)  # `extend` allows more
+        sampling = replace(self._sampling, max_new_tokens=most)
+        settings, timeline = Settings.of(self.model, sampling, self.system), self._recorder.timeline()
         return Answer(text, tuple(self.ids), len(self.prompt), self._seconds, stopped, self._layers, settings, timeline)
 
 

@@ -57,7 +57,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._publish = publish
         self._working = False
         self._was_loaded = False
-        self._refreshing = threading.RLock()
+        self._refreshing = threading.Lock()
         self._noted = session.conversation
         self._notes: dict[int, str] = {}  # of that conversation's messages, by their number
         self.chooser = ModelChooser(defaults)

@@ -62,7 +62,7 @@ class Settings:
     resident, streamed : int
         How many layers stayed in memory, and how many were read in every pass.
     max_new_tokens, temperature, top_p, seed, stop
-        As in `airllm_nb.notebook.decoding.Sampling`.
+        As in `airllm_nb.notebook.decoding.Sampling`; the first is larger where the text was gone on with.
     system : str or None
         The system prompt.
     """

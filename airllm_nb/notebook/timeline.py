@@ -85,7 +85,7 @@ class Timeline:
     Attributes
     ----------
     passes : tuple of Pass
-        The first ones (the prompt's and some tokens'): at most `DETAILED_PASSES`, and `DETAILED_LAYERS` layers.
+        The first ones (the prompt's and some tokens'): at most `DETAILED_PASSES`, and none after `DETAILED_LAYERS` layers.
     read : tuple of Span
         What was read until the last of them was over; reading goes on between passes, and ahead of them.
     later : tuple of Stretch

@@ -265,6 +265,7 @@ def test_what_was_cut_goes_on_for_as_many_tokens_again(chatting):
         assert chatting.can_proceed
         answers = [chatting.proceed(), chatting.proceed()]
         assert [len(answer.token_ids) for answer in answers] == [20, 30]
+        assert [answer.settings.max_new_tokens for answer in answers] == [20, 30]
         same(answers[1], expected)
 
 
