@@ -69,7 +69,8 @@ class Lab(Page):
         """Open a notebook, by its path on the server."""
         self.server = server
         dialog = page.locator(".jp-Dialog")  # on a busy machine Lab asks for the kernel that it has not listed yet
-        page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").click())
+        # Another one may follow at once, for which the handler is called again.
+        page.add_locator_handler(dialog.first, lambda: dialog.first.locator(".jp-mod-accept").click(), no_wait_after=True)
         super().__init__(page, f"{server}/{self.PATH}/{path}{opened_with}")
         self.cells = page.locator(".jp-CodeCell")
         self._settle()
