@@ -55,12 +55,12 @@ def jupyter(application, folder, theme):
     return Server(folder, command, port, **environ)
 
 
-def voila(folder, theme, *options):
+def voila(folder, theme):
     """Start Voila for the notebooks of a folder."""
     port = free_port()
     command = [
         sys.executable, "-m", "voila", str(folder), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-        f"--theme={theme.lower()}", f"--Voila.token={TOKEN}", *options,
+        f"--theme={theme.lower()}", f"--Voila.token={TOKEN}",
     ]  # fmt: skip
     return Server(folder, command, port, f"/voila/tree?token={TOKEN}")
 
