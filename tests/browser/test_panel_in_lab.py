@@ -54,7 +54,11 @@ def open_panels(lab, tmp_path):
             notebook.start(index)
             notebook.wait(index)
         roots = notebook.page.locator(".airllm-panel")
-        roots.first.locator(".airllm-plan").wait_for(timeout=60_000)
+        try:
+            roots.first.locator(".airllm-plan").wait_for(timeout=60_000)
+        except Exception:
+            notebook.screenshot("panel-failed", 0)
+            raise
         return notebook, [Panel(notebook, roots.nth(index)) for index in range(roots.count())]
 
     return open_them
@@ -90,7 +94,9 @@ def test_load_ask_stop_and_go_on(open_panels, theme):
 
     panel.button("Continue").click()
     panel.root.locator("button:has-text('Stop'):not([disabled]):visible").wait_for()
-    page.wait_for_timeout(500)
+    page.wait_for_function(
+        "[length] => document.querySelector('.airllm-assistant > div').innerText.length > length", arg=[len(text) + 10]
+    )
     panel.button("Stop").click()
     panel.idle(2)
     longer = panel.root.locator(".airllm-assistant > div").first.inner_text()
