@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EVERY = 0.1  # seconds between two updates of text that is being written: the eye follows no faster
+DIGITS = 20  # of a seed: Python refuses to read thousands
 NAMES = {"user": "you", "assistant": "model", "system": "system"}
 
 
@@ -80,7 +81,7 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             If the seed is no number.
         """
         seed = self.seed.value.strip()
-        if seed and not seed.isdecimal():
+        if seed and not (seed.isdecimal() and len(seed) < DIGITS):
             raise PromptError(f"The seed is {seed!r}.", "Use a whole number from 0 up, or leave it empty.")
         samples = self.temperature.value > 0
         return {
@@ -88,12 +89,14 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             "temperature": round(self.temperature.value, 3),
             "top_p": round(self.top_p.value, 3) if samples and self.top_p.value < 1 else None,
             "seed": int(seed) if seed else None,
-            "system": self.system.value.strip() or None,
+            "system": self.system.value.strip(),
         }
 
-    def show(self, messages: Sequence[dict[str, str]], notes: dict[int, str]) -> None:
-        """Draw the turns; `notes` has a line to stand below some, by their number."""
-        self._turns.value = "".join(_turn(message, notes.get(number, "")) for number, message in enumerate(messages))
+    def show(self, messages: Sequence[dict[str, str]], notes: dict[tuple[int, str], str]) -> None:
+        """Draw the turns; `notes` has a line to stand below some, by their number and text."""
+        self._turns.value = "".join(
+            _turn(message, notes.get((number, message["content"]), "")) for number, message in enumerate(messages)
+        )
         self._growing.value = ""
 
     def begin(self, text: str = "") -> None:

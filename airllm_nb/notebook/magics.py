@@ -229,13 +229,11 @@ def _configure(magics: AirLLMMagics, name: str, value: Any) -> None:
 
 
 def unload(shell: InteractiveShell) -> None:
-    """Free the model, close the panels and undo `load`."""
+    """Close the panels, stop what they run, free the model and undo `load`."""
     magics = shell.magics_manager.registry.get(AirLLMMagics.__name__)
     if magics is None:
         return
-    magics.session.unload()
-    for panel in list(magics.session.watchers):
-        panel.close()
+    magics.session.end()
     del shell.magics_manager.registry[AirLLMMagics.__name__]
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("airllm", None)

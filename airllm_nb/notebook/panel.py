@@ -59,7 +59,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._was_loaded = False
         self._refreshing = threading.Lock()
         self._noted = session.conversation
-        self._notes: dict[int, str] = {}  # of that conversation's messages, by their number
+        self._notes: dict[tuple[int, str], str] = {}  # of that conversation's messages, by their number and text
         self.chooser = ModelChooser(defaults)
         self.load_button = _button("Load", "download", self._load, primary=True)
         self.unload_button = _button("Unload", "eject", self._unload)
@@ -112,6 +112,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if loaded != self._was_loaded and not working:
             self._was_loaded = loaded
             _show(self.chooser, yes=not loaded)
+            if not loaded:
+                self._picture.value = ""
         self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{escape(about)}</span></div>'
         _show(self.load_button, yes=_shown(self.chooser))
         _show(self.unload_button, yes=loaded)
@@ -122,8 +124,9 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if conversation is not self._noted:
             self._noted, self._notes = conversation, {}
         messages = conversation.messages if loaded else []
-        if not working:  # before anything can be pressed again
+        if not self._working:  # before anything can be pressed again
             self.chat.show(messages, self._notes)
+            self._write_plain()
         self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
         self.ask_button.disabled = working
         self.stop_button.disabled = self.stop_load_button.disabled = not working
@@ -141,10 +144,9 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             _show(self.chooser, yes=False)
             self._was_loaded = True
 
-        self._start(work)
+        self._start(work, loads=True)
 
     def _unload(self) -> None:
-        self._picture.value = ""
         self._start(self.session.unload, quick=True)
 
     def _change(self) -> None:
@@ -176,9 +178,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
     def _proceed(self) -> None:
         def work() -> None:
             messages = self.session.conversation.messages
-            text = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
-            self.chat.show(messages[:-1] if text else messages, self._notes)
-            self.chat.begin(text)
+            self.chat.show(messages[:-1], self._notes)
+            self.chat.begin("".join(message["content"] for message in messages[-1:]))
             self._answer(lambda: self.session.proceed(**self._shown_here()))
 
         self._start(work)
@@ -201,9 +202,13 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
     def _copy(self) -> None:
         """Show the conversation as plain text, to be selected and copied: no core widget reaches the clipboard."""
-        messages = self.session.conversation.messages
-        self._plain.value = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
         _show(self._plain, yes=not _shown(self._plain))
+        self._write_plain()
+
+    def _write_plain(self) -> None:
+        if _shown(self._plain):
+            messages = self.session.conversation.messages
+            self._plain.value = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
     def _keep(self, answer: Answer) -> None:
         conversation = self.session.conversation
@@ -218,12 +223,12 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             about += " · stopped; Continue goes on"
         if answer.stopped == "length":
             about += " · longest answer reached; Continue goes on"
-        self._notes[len(conversation.messages) - 1] = about
+        self._notes[len(conversation.messages) - 1, answer.text] = about
         self.chat.look_back(StaticResult(answer).html)
         self._publish(answer)
 
-    def _start(self, work: Callable[[], object], *, quick: bool = False) -> None:
-        """Do what a click asks for, and show what comes of it; what is `quick` needs no thread."""
+    def _start(self, work: Callable[[], object], *, quick: bool = False, loads: bool = False) -> None:
+        """Do what a click asks for, and show what comes of it where the click was; what is `quick` needs no thread."""
         if self._working:
             return
         self._working = True
@@ -231,31 +236,31 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.chat.say("")
         self.refresh()
         if quick:
-            self._do(work)
+            self._do(work, loads=loads)
         else:
-            background.run(lambda: self._do(work))
+            background.run(lambda: self._do(work, loads=loads))
 
-    def _do(self, work: Callable[[], object]) -> None:
+    def _do(self, work: Callable[[], object], *, loads: bool) -> None:
         try:
             work()
         except Interrupted as stop:
-            self._say(f'<div class="airllm-why" role="status">{escape(str(stop))}</div>')
+            self._say(f'<div class="airllm-why" role="status">{escape(str(stop))}</div>', loads=loads)
         except AirLLMError as error:
-            if _shown(self.chooser):
+            if loads:
                 self.chooser.explain(error)
             else:
-                self._say(problem(error))
+                self._say(problem(error), loads=False)
         except BaseException:  # noqa: BLE001  # a bug, which keeps its traceback: a thread has no other place for it
-            self._say(bug(traceback.format_exc()))
+            self._say(bug(traceback.format_exc()), loads=loads)
         finally:
             self._working = False
             self.refresh()
 
-    def _say(self, html: str) -> None:
-        if self.session.loaded and not _shown(self.chooser):
-            self.chat.say(html)
-        else:
+    def _say(self, html: str, *, loads: bool) -> None:
+        if loads or not self.session.loaded:
             self._said.value = html
+        else:
+            self.chat.say(html)
 
 
 class _Drawing:

@@ -12,7 +12,7 @@ STYLE = """<style>
 .airllm-row { flex-wrap: wrap; align-items: baseline; overflow: visible; margin: 2px 0; }
 .airllm-label { text-align: right; font-size: 13px; line-height: 28px; margin: 0 6px 0 2px; }
 .airllm-why { font-size: 12px; line-height: 1.45; opacity: .8; }
-.airllm-problem { font-size: 13px; line-height: 1.5; padding: 2px 8px; margin: 2px 0;
+.airllm-problem { overflow-wrap: anywhere; font-size: 13px; line-height: 1.5; padding: 2px 8px; margin: 2px 0;
   border-left: 3px solid var(--jp-error-color1, #d32f2f); }
 .airllm-problem pre { overflow: auto; max-height: 16em; font-size: 12px; }
 .airllm-panel .airllm-plan { display: grid; grid-template-columns: max-content 1fr; gap: 0 12px; margin: 4px 0 6px;

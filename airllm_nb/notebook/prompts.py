@@ -26,7 +26,7 @@ def check(prompt: str, system: str | None) -> None:
         If there is none, or a text holds half of a character.
     """
     if not prompt.strip():
-        raise PromptError("There is no prompt.", "Write it below the line with %%airllm.")
+        raise PromptError("There is no prompt.", "Write one: below the line with %%airllm, or into the panel's box.")
     for text in (prompt, system or ""):
         if lone := re.search("[\ud800-\udfff]", text):
             raise PromptError(f"The prompt holds {lone[0]!r}, half of a character.", "Remove it, or write the whole character.")

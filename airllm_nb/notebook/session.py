@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+import time
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from airllm_nb.notebook.generation import Run
 
 PLENTY = "1000TB"
+PAUSE = 0.01
 
 
 class SessionError(AirLLMError):
@@ -212,7 +214,7 @@ class Session:
         prompt : str
             What the user says.
         system : str, optional
-            The conversation's system prompt from now on; None leaves it as it is.
+            The conversation's system prompt from now on; None leaves it as it is, an empty one takes it away.
         renderer, write, **sampling
             As for `ask`.
 
@@ -273,6 +275,15 @@ class Session:
         """Free the model; nothing happens if there is none."""
         with self._alone():
             self._free()
+
+    def end(self) -> None:
+        """Close whoever watches, stop what is under way, wait for it, and free the model."""
+        for watcher in list(self.watchers):
+            watcher.close()
+        while self.busy:
+            self.stop()  # again and again: what has just begun takes a stop for one of what was before
+            time.sleep(PAUSE)
+        self.unload()
 
     def _begin(self, make: Callable[[], Run], renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
         """Make a new answer; where it is refused, what could be gone on with before still can."""

@@ -32,7 +32,7 @@ class Turn(Run):
     prompt : str
         What the user says.
     system : str or None
-        The system prompt from now on; None leaves the one there is.
+        The system prompt from now on; None leaves the one there is, an empty one takes it away.
     sampling : Sampling
         How the next token is chosen, and when the text ends.
 
@@ -50,13 +50,13 @@ class Turn(Run):
         messages = list(conversation.messages)
         if model.tokenizer.chat_template:
             prompt = prompt.strip()
-        elif system is not None:
+        elif system:
             raise PromptError(
                 f"A system prompt needs a chat template, which {model.name} does not have.", "Write it into the prompt itself."
             )
         if system is not None:
             begins = bool(messages) and messages[0]["role"] == "system"
-            messages[: int(begins)] = [{"role": "system", "content": system}]
+            messages[: int(begins)] = [{"role": "system", "content": system}] if system else []
         if messages and messages[0]["role"] == "system":
             self.system = messages[0]["content"]
         messages.append({"role": "user", "content": prompt})
@@ -103,7 +103,7 @@ def _encode(model: LayeredModel, messages: Sequence[Message]) -> list[int]:
     if model.context_length is not None and len(ids) >= model.context_length:
         raise PromptError(
             f"The conversation has {len(ids)} tokens with this turn, and {model.name} has a context of {model.context_length}.",
-            "Begin a new one with forget(), or say less.",
+            "Begin a new conversation, or say less.",
         )
     return ids
 

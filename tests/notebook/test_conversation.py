@@ -191,7 +191,7 @@ def test_a_full_context(session, plain):
     load(session, plain)
     session.chat("x" * 20, max_new_tokens=10)
     messages = list(session.conversation.messages)
-    with pytest.raises(PromptError, match=r"has 50 tokens with this turn, and plain has a context of 40.*forget\(\)"):
+    with pytest.raises(PromptError, match=r"has 50 tokens with this turn, and plain has a context of 40.*new conversation"):
         session.chat("x" * 20)
     assert session.conversation.messages == messages
     assert session.can_proceed

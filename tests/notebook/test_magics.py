@@ -6,6 +6,7 @@ import sys
 import weakref
 
 import pytest
+from waiting import wait_for
 
 LOAD = "%airllm load {} --device cpu --dtype float32"
 
@@ -247,6 +248,23 @@ def test_unload_ext_really_unloads(shell, chat):
     shell.run(LOAD.format(chat))
     shell.run("%reload_ext airllm_nb")
     assert "No model is loaded" in shell.run("%airllm status")
+
+
+def test_unload_ext_ends_what_a_panel_runs_and_closes_it(shell, chat):
+    from airllm_nb.notebook import panel
+
+    shell.run(LOAD.format(chat))
+    session = shell.magics.session
+    opened = panel.Panel(session, {"device": "cpu", "dtype": "auto", "memory": "auto"})
+    opened.chat.prompt.value, opened.chat.most.value = "Hello", 4000
+    opened.ask_button.click()
+    wait_for(lambda: session.busy)
+    shell.run("%unload_ext airllm_nb")
+    assert not session.busy
+    assert not session.loaded
+    assert opened.comm is None
+    wait_for(lambda: not opened._working)
+    assert "not found" in shell.fail("%airllm status")
 
 
 def test_loading_the_extension_imports_nothing_heavy():

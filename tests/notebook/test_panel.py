@@ -7,7 +7,7 @@ import weakref
 import pytest
 from waiting import wait_for
 
-from airllm_nb.notebook import background, report
+from airllm_nb.notebook import background, report, strip
 from airllm_nb.notebook.panel import Panel
 from airllm_nb.notebook.renderers import SilentRenderer
 from airllm_nb.notebook.session import Session
@@ -319,3 +319,111 @@ def test_it_is_closed_with_the_extension(shell):
 
 def test_its_text_is_short_and_constant(person):
     assert repr(person.panel) == "<airllm_nb: the panel>"
+
+
+def test_what_is_wrong_with_a_prompt_is_said_beside_it_and_not_at_another_model(person, chat):
+    panel = person.load(chat).panel
+    person.click("change")
+    person.ask("  ").done()
+    assert "There is no prompt." in panel.chat._said.value
+    assert not panel.chooser._problems["model"].value
+
+
+def test_a_seed_of_thousands_of_digits_is_refused(person, chat):
+    panel = person.load(chat).panel
+    panel.chat.seed.value = "9" * 5000
+    panel.chat.prompt.value = "Hello"
+    panel._ask()  # what is raised in a click is lost
+    assert "Use a whole number from 0 up" in person.said
+
+
+def test_an_empty_system_prompt_takes_the_one_there_is_away(person, chat):
+    panel = person.load(chat).panel
+    panel.chat.system.value = "Be brief."
+    person.ask("Hello").done()
+    assert panel.session.conversation.messages[0]["role"] == "system"
+    panel.chat.system.value = ""
+    person.ask("And now?").done()
+    assert [message["role"] for message in panel.session.conversation.messages] == ["user", "assistant"] * 2
+
+
+def stop_when(panel, at, monkeypatch):
+    """Press Stop in each run as soon as `at` holds of its picture."""
+    original = strip.render
+
+    def render(state):
+        if at(state):
+            panel.session.stop()
+        return original(state)
+
+    monkeypatch.setattr(strip, "render", render)
+
+
+def test_what_was_stopped_before_its_first_word_is_drawn_once_when_it_goes_on(person, chat, monkeypatch):
+    panel = person.load(chat).panel
+    stop_when(panel, lambda state: state.kind == "prefill", monkeypatch)
+    person.ask("Hello").done()
+    monkeypatch.undo()
+    seen = []
+    panel.chat.write = lambda _text: seen.append(person.conversation)
+    person.click("proceed")
+    person.done()
+    assert seen
+    assert "airllm-assistant" not in seen[0]  # it grows below
+    assert "airllm-assistant" in person.conversation
+
+
+def test_a_line_about_an_answer_is_not_left_below_another(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello", most=5).done()
+    assert "5 tokens in" in person.conversation
+    panel.session.proceed(write=lambda _text: None)  # as a cell does
+    assert "tokens in" not in person.conversation
+    panel.session.forget()
+    panel.session.chat("Hello", max_new_tokens=5, write=lambda _text: None)
+    assert "Hello" in person.conversation
+    assert "tokens in" not in person.conversation
+
+
+def test_an_unloaded_model_leaves_no_picture_in_any_panel(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello").done()
+    assert panel._picture.value
+    panel.session.unload()
+    assert not panel._picture.value
+
+
+def test_the_plain_text_follows_the_conversation(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello", most=3).done()
+    person.click("copy")
+    person.ask("And now?", most=3).done()
+    assert "And now?" in panel._plain.value
+
+
+def test_a_click_that_comes_while_a_cell_runs_is_answered(person, chat):
+    panel = person.load(chat).panel
+    said, drawn = [], []
+
+    def click(_text):
+        if said:
+            return
+        for button in ("unload", "forget"):  # not disabled in the page yet
+            thread = threading.Thread(target=getattr(panel, f"_{button}"))
+            thread.start()
+            thread.join()
+            said.append(person.said)
+        panel.chat.prompt.value = "Hi"
+        panel._ask()
+        wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "airllm_nb-panel"])
+        said.append(panel.chat._said.value)
+        drawn.append(person.conversation + panel.chat._growing.value)
+
+    panel.session.ask("Hello", max_new_tokens=5, write=click)
+    assert len(said) == 3
+    assert all("The model is busy with another run." in text for text in said)
+    assert drawn == [""]
+    assert panel.chat.prompt.value == "Hi"
+    panel._proceed()  # and one that comes too late
+    person.done()
+    assert "bug" not in person.said
