@@ -95,7 +95,7 @@ def test_load_ask_stop_and_go_on(open_panels, theme):
     panel.button("Continue").click()
     panel.root.locator("button:has-text('Stop'):not([disabled]):visible").wait_for()
     page.wait_for_function(
-        "length => document.querySelector('.airllm-assistant > div').innerText.length > length", arg=len(text) + 10
+        "length => document.querySelector('.airllm-assistant > div')?.innerText.length > length", arg=len(text) + 10
     )
     panel.button("Stop").click()
     panel.idle(2)
