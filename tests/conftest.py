@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
+from airllm_nb.notebook.interrupts import free_logging
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
@@ -33,6 +35,13 @@ def gradients_stay_on():
     """PyTorch's mode is the session's, and no test may leave it changed for the next one."""
     yield
     assert "torch" not in sys.modules or sys.modules["torch"].is_grad_enabled()
+
+
+@pytest.fixture(autouse=True)
+def logging_stays_free():
+    """Tests interrupt at random moments; see `free_logging`."""
+    yield
+    free_logging()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
@@ -30,3 +31,13 @@ def interrupt_later() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
+
+
+def free_logging() -> None:
+    """Give back the lock of Python's logging, if this thread has it: to be called after an interrupt, outside of all logging.
+
+    Before Python 3.13 an interrupt between taking and giving it leaves it with the thread for ever, and all others that log wait.
+    """
+    lock: Any = getattr(logging, "_lock", None)
+    while lock is not None and lock._is_owned():  # noqa: SLF001  # logging has no other name for it
+        lock.release()

@@ -16,7 +16,7 @@ from airllm_nb.compat.versions import require_supported
 from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.conversation import Conversation
 from airllm_nb.notebook.imports import import_engine
-from airllm_nb.notebook.interrupts import interrupt_later
+from airllm_nb.notebook.interrupts import free_logging, interrupt_later
 from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
@@ -367,6 +367,7 @@ class Session:
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half loaded or half computed
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
+            free_logging()
             if self._owner == me:
                 self._owner = None
                 self._tell()

@@ -1,5 +1,6 @@
 """Asking: greedy or sampled, repeatable, within the context, and able to stop."""
 
+import logging
 import signal
 import threading
 import traceback
@@ -290,3 +291,18 @@ def test_a_load_that_was_stopped_is_not_kept_by_its_traceback(chat):
     loading = [frame for frame in frames if frame.f_code.co_name == "from_pretrained"]
     assert loading
     assert not any(frame.f_locals for frame in loading)
+
+
+def test_an_interrupt_within_logging_leaves_it_free(chatting):
+    class Interrupting(SilentRenderer):
+        def draw(self, state):
+            if state.passes_begun and not state.ended:
+                logging._lock.acquire()  # as Python's logging does before 3.13
+                raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        chatting.ask("Hello", max_new_tokens=8, renderer=Interrupting())
+    other = threading.Thread(target=logging.getLogger("airllm_nb.test").setLevel, args=[logging.INFO], daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
