@@ -317,6 +317,8 @@ class Session:
             with quiet():
                 yield
         except KeyboardInterrupt as interrupt:
+            if run is not None:
+                run.limited, self._run = False, run
             traceback.clear_frames(interrupt.__traceback__)  # as below
             stopped = run.interrupted()
             self.answer = stopped.answer
@@ -348,6 +350,7 @@ class Session:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         me = threading.get_ident()
+        run: Run | None = None
         try:
             with self._guard:
                 # A thread does one thing at a time: should an interrupt keep what is below from being undone, it is let in again.
@@ -358,12 +361,15 @@ class Session:
                 self._given = None
             self._tell()
             yield
-            if self._given is not None and self._run is not None:  # last: an interrupt before means that it was not given
-                self._run.limited = self._given.stopped == "length"
-                self._run = self._run if self._run.limited else None
+            if self._given is not None and self._run is not None:  # last: an interrupt until then means that it was not given
+                run = self._run
+                run.limited = self._given.stopped == "length"
+                self._run = run if run.limited else None
         except Interrupted:
             raise
         except KeyboardInterrupt as interrupt:
+            if run is not None:
+                run.limited, self._run = False, run
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half loaded or half computed
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
