@@ -33,6 +33,7 @@ CHECKS = [
     "compat", "engine/test_parity.py", "engine/test_experts.py", "notebook/test_doctor.py", "notebook/test_conversation.py",
     "notebook/test_continue.py",
 ]  # fmt: skip
+SKIPPED = ["-k", "not test_at_random_moments"]  # between which bytecodes an interrupt hits is not a matter of the version
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
 QUICKSTART = TESTS.parent / "notebooks" / "01_quickstart.ipynb"
 ON_COLAB = [
@@ -105,7 +106,7 @@ def check_colab(folder: Path) -> bool:
 
 def run_tests(python: Path, *arguments: str, **environ: str) -> bool:
     """Run pytest in an environment; returns whether it succeeded."""
-    return run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], check=False, **environ)
+    return run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *SKIPPED, *arguments], check=False, **environ)
 
 
 def environment(folder: Path, *packages: str) -> Path:
