@@ -5,9 +5,25 @@ import shutil
 import IPython
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from runs import Written
 from traitlets.config import Config
 
 from airllm_nb.notebook.magics import AirLLMMagics
+from airllm_nb.notebook.renderers import SilentRenderer
+from airllm_nb.notebook.session import Session
+
+
+@pytest.fixture
+def written():
+    """What the session of a test has written."""
+    return Written()
+
+
+@pytest.fixture
+def session(written):
+    session = Session(SilentRenderer, written.append)
+    yield session
+    session.unload()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,14 @@ from airllm_nb.notebook.summary import Answer, Settings
 MB = 1_000_000
 
 
+class Written(list):
+    """Pieces of text, and what they make together."""
+
+    @property
+    def text(self):
+        return "".join(self)
+
+
 class Run:
     """One run: `go` makes passes; then there are its `timeline` and its `answer`."""
 

@@ -11,14 +11,14 @@ import weakref
 
 import pytest
 import torch
+from runs import Written
 from tiny import budgets
 
 from airllm_nb import plan
 from airllm_nb.compat import cache
 from airllm_nb.errors import PromptError
 from airllm_nb.events import ComputeBegin, PassBegin, PassEnd
-from airllm_nb.notebook.renderers import SilentRenderer
-from airllm_nb.notebook.session import Session, SessionError
+from airllm_nb.notebook.session import SessionError
 from airllm_nb.notebook.summary import Interrupted
 
 OTHERS = [*range(32), *range(127, 259)]  # all but ASCII: each token is a character, which is shown at once
@@ -29,24 +29,6 @@ UNSEEDED = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 0.9}
 MOMENTS = int(os.environ.get("AIRLLM_NB_MOMENTS", "8"))
 """At how many moments of a run an interrupt hits. Of 40, about one in 2,000 still found a run that went on otherwise: see "Next"
 in CONTRIBUTING.md."""
-
-
-class Written(list):
-    @property
-    def text(self):
-        return "".join(self)
-
-
-@pytest.fixture
-def written():
-    return Written()
-
-
-@pytest.fixture
-def session(written):
-    session = Session(SilentRenderer, written.append)
-    yield session
-    session.unload()
 
 
 def load(session, folder, keep="all"):

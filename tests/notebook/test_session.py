@@ -15,24 +15,6 @@ from airllm_nb.notebook.session import Session, SessionError
 from airllm_nb.notebook.summary import Interrupted
 
 
-class Written(list):
-    @property
-    def text(self):
-        return "".join(self)
-
-
-@pytest.fixture
-def written():
-    return Written()
-
-
-@pytest.fixture
-def session(written):
-    session = Session(SilentRenderer, written.append)
-    yield session
-    session.unload()
-
-
 @pytest.fixture
 def chatting(session, chat):
     session.load(str(chat), device="cpu", dtype="float32")
