@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from statistics import mean
 from typing import Any
 
 from airllm_nb import LayeredModel
@@ -46,9 +47,10 @@ def display(**options: Any) -> Seconds:
 
 
 def in_kernel(folder: str, dtype: str, tokens: int, rounds: int) -> None:
-    """Generate in turn without a listener and with the widget that ``%%airllm`` shows; print the seconds of each token."""
-    from airllm_nb.notebook.progress import Progress, RunState
+    """Generate in turn without a listener and with the widget that ``%%airllm`` shows; print each round's seconds per token."""
+    from airllm_nb.notebook.progress import Progress
     from airllm_nb.notebook.renderers import WidgetRenderer
+    from airllm_nb.notebook.run_state import RunState
     from airllm_nb.notebook.verdict import memory_left
 
     found: Seconds = {"off": [], "on": []}
@@ -58,8 +60,8 @@ def in_kernel(folder: str, dtype: str, tokens: int, rounds: int) -> None:
                 state = RunState(model.name, model.layers, tokens + 1, memory_left(model))
                 progress = Progress(state, WidgetRenderer()) if way == "on" else None
                 model.progress = progress
-                found[way] += generate(model, tokens)
+                found[way].append(mean(generate(model, tokens)))
                 model.progress = None
                 if progress is not None:
                     progress.finish("done")
-    print("\n" + json.dumps({way: seconds[tokens:] for way, seconds in found.items()}))  # the first round warms up
+    print("\n" + json.dumps({way: seconds[1:] for way, seconds in found.items()}))  # the first round warms up

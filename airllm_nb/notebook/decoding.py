@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from airllm_nb import LayeredModel
-    from airllm_nb.notebook.progress import RunState
+    from airllm_nb.notebook.progress import Progress
 
 OF_THE_CHECKPOINT = frozenset((
     "bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "use_cache",
@@ -102,7 +102,7 @@ class Sampling:
 
 
 @contextlib.contextmanager
-def refusals(model: LayeredModel, state: RunState) -> Iterator[None]:
+def refusals(model: LayeredModel, progress: Progress) -> Iterator[None]:
     """Turn what transformers raises before the first pass, when it checks its options, into one line.
 
     Raises
@@ -113,7 +113,7 @@ def refusals(model: LayeredModel, state: RunState) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        if state.passes_begun:
+        if progress.state.passes_begun:
             raise
         raise UnsupportedError(
             f"transformers refuses to generate with {model.name}: {in_words(error)}.",

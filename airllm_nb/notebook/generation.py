@@ -12,7 +12,8 @@ from airllm_nb.compat import cache
 from airllm_nb.errors import PromptError
 from airllm_nb.events import Event, PassBegin
 from airllm_nb.notebook import decoding, randomness
-from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
+from airllm_nb.notebook.progress import Progress, Renderer
+from airllm_nb.notebook.run_state import Ended, RunState
 from airllm_nb.notebook.streaming import TextStream, Unseen
 from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Settings, Stopped
 from airllm_nb.notebook.timeline import Recorder
@@ -227,7 +228,7 @@ class Run:
             progress(event)
 
         self.model.progress = listen
-        with decoding.refusals(self.model, progress.state):
+        with decoding.refusals(self.model, progress):
             self.model.generate(**self._options(stream))
         stream.end()
 

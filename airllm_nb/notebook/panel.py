@@ -22,7 +22,7 @@ from airllm_nb.notebook.summary import Interrupted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from airllm_nb.notebook.progress import RunState
+    from airllm_nb.notebook.run_state import RunState
     from airllm_nb.notebook.session import Session
     from airllm_nb.notebook.summary import Answer
 

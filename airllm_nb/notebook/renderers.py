@@ -15,7 +15,8 @@ from airllm_nb.notebook.stop_button import StopButton
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from airllm_nb.notebook.progress import Renderer, RunState
+    from airllm_nb.notebook.progress import Renderer
+    from airllm_nb.notebook.run_state import RunState
 
     Stop = Callable[[], object]
 

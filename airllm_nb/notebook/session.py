@@ -17,7 +17,8 @@ from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.conversation import Conversation
 from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.interrupts import free_logging, interrupt_later
-from airllm_nb.notebook.progress import Ended, Progress, Renderer, RunState
+from airllm_nb.notebook.progress import Progress, Renderer
+from airllm_nb.notebook.run_state import Ended, RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
 if TYPE_CHECKING:

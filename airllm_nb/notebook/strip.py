@@ -6,12 +6,12 @@ import functools
 from html import escape
 from typing import TYPE_CHECKING
 
-from airllm_nb.notebook.progress import LayerState, Phase
+from airllm_nb.notebook.run_state import LayerState, Phase
 from airllm_nb.notebook.verdict import time_left, verdict
 
 if TYPE_CHECKING:
     from airllm_nb.events import LayerInfo
-    from airllm_nb.notebook.progress import RunState
+    from airllm_nb.notebook.run_state import RunState
 
 __all__ = ["STYLE", "headline", "render", "render_layers", "verdict"]
 

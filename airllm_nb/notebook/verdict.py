@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from airllm_nb.notebook.progress import PassTime
+from airllm_nb.notebook.run_state import PassTime
 
 if TYPE_CHECKING:
     from airllm_nb import LayeredModel
-    from airllm_nb.notebook.progress import LayerState, RunState
+    from airllm_nb.notebook.run_state import LayerState, RunState
 
 WORTH_TELLING = 1.1
 """How much faster more memory has to make a run to be advised."""

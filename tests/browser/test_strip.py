@@ -7,7 +7,7 @@ CELL = """
 import ipywidgets
 from airllm_nb.events import *
 from airllm_nb.notebook import strip
-from airllm_nb.notebook.progress import RunState
+from airllm_nb.notebook.run_state import RunState
 
 def layers(number, stay):
     return tuple(LayerInfo(i, f"model.layers.{i}", 436_000_000, i % number < stay) for i in range(number))

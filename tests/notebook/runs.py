@@ -1,7 +1,7 @@
 """Runs that never happened: the engine's events with times as wished, and the answer that they leave."""
 
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, LayerRead, LayerReady, PassBegin, PassEnd
-from airllm_nb.notebook.progress import RunState
+from airllm_nb.notebook.run_state import RunState
 from airllm_nb.notebook.summary import Answer, Settings
 
 MB = 1_000_000

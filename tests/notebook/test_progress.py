@@ -20,8 +20,9 @@ from airllm_nb.events import (
     PassEnd,
 )
 from airllm_nb.notebook import strip
-from airllm_nb.notebook.progress import Progress, RunState
+from airllm_nb.notebook.progress import Progress
 from airllm_nb.notebook.renderers import SilentRenderer, TextRenderer, WidgetRenderer
+from airllm_nb.notebook.run_state import RunState
 
 MB = 1_000_000
 LAYERS = tuple(LayerInfo(index, f"model.layers.{index}", 10 * MB, resident=index % 2 == 0) for index in range(4))

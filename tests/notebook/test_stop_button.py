@@ -7,8 +7,9 @@ import pytest
 
 from airllm_nb.events import Fetching, LayerInfo
 from airllm_nb.notebook import stop_button
-from airllm_nb.notebook.progress import Progress, RunState
+from airllm_nb.notebook.progress import Progress
 from airllm_nb.notebook.renderers import SilentRenderer, WidgetRenderer
+from airllm_nb.notebook.run_state import RunState
 
 LAYERS = (LayerInfo(0, "model.layers.0", 1, resident=True),)
 

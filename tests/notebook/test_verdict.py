@@ -14,7 +14,7 @@ from airllm_nb.events import (
     PassEnd,
 )
 from airllm_nb.notebook import strip
-from airllm_nb.notebook.progress import RunState
+from airllm_nb.notebook.run_state import RunState
 from airllm_nb.notebook.verdict import memory_left, time_left, verdict
 
 MB = 1_000_000
