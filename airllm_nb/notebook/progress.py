@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from airllm_nb.notebook.run_state import Ended, RunState
     from airllm_nb.notebook.summary import LayerTotals
 
-DRAW_INTERVAL = 1 / 4
+DRAW_INTERVAL = 1 / 3
 BURST = 3
-"""Least seconds between draws in the long run, and how many may follow each other at once: at most 7 in any second.
+"""Least seconds between draws in the long run, and how many may follow each other at once: at most 6 in any second.
 
 The burst keeps the picture true when layers are slow: the end of one and the begin of the next are drawn both.
 """
 
-DRAW_SHARE = 1 / 400
+DRAW_SHARE = 1 / 500
 RECENT_DRAWS = 5
 """Largest share of the time that drawing may take of its thread, by the quickest of so many draws.
 
@@ -45,7 +45,7 @@ class Renderer(Protocol):
 
 
 class Progress:
-    """The listener: takes events from any thread, draws up to 4 times a second on the thread it was made on.
+    """The listener: takes events from any thread, draws up to 3 times a second on the thread it was made on.
 
     Parameters
     ----------
