@@ -183,9 +183,7 @@ ROWS = {
         Row("d-airllm", "the same over AirLLM", 0.17, _over_airllm),
         Row("e", "peak memory of the least budget over that budget", 1.1, _peak),
         Row("f", "float32 from a bfloat16 checkpoint that streams, over bfloat16", 1.1, _wide),
-        Row(
-            "g", "run and all processor seconds that serve its display, in a kernel, over the run", 1.01, _display
-        ),
+        Row("g", "run and all processor seconds that serve its display, in a kernel, over the run", 1.01, _display),
         Row("h", "16 prompts at once, streaming: seconds per pass over one", 1.5, _batch),
         Row("i", "prompt lookup and a draft model, streaming: tokens per pass", 2, _guesses, most=True, unit="tokens per pass"),
         Row("j", "one row, bfloat16, measured kernels: seconds per token over plain transformers", 0.75, _kernels),

@@ -88,6 +88,12 @@ class Run:
         """The ids of the answer so far."""
         return self._stream.ids if self._stream else []
 
+    @property
+    def full(self) -> bool:
+        """Whether the model's context has no room for another token."""
+        limit = self.model.context_length
+        return limit is not None and len(self.prompt) + len(self.ids) >= limit
+
     def begin(self, write: Callable[[str], object]) -> None:
         """Encode the prompt, and see whether it can be answered; nothing happens if that is done.
 

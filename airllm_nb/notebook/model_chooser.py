@@ -11,9 +11,10 @@ import ipywidgets
 
 from airllm_nb import demo, plan
 from airllm_nb.compat.config import quiet
+from airllm_nb.engine.devices import DTYPES as NAMED
 from airllm_nb.engine.memory import format_size, parse_size
 from airllm_nb.errors import AirLLMError, DeviceError, MemoryBudgetError
-from airllm_nb.notebook import report, strip
+from airllm_nb.notebook import background, report, strip
 from airllm_nb.notebook.background import Latest
 from airllm_nb.notebook.complete import models
 from airllm_nb.notebook.device_selector import DeviceSelector
@@ -42,14 +43,14 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
     def __init__(self, defaults: dict[str, str]) -> None:
         style = {"description_width": LABEL}
         self.model = ipywidgets.Combobox(
-            description="Model", value="demo", options=models(), placeholder="org/name, a folder, or demo",
+            description="Model", value="demo", placeholder="org/name, a folder, or demo",
             continuous_update=False, style=style, layout={"width": "100%", "max_width": "560px"},
         )  # fmt: skip
         self.device = DeviceSelector()
         if defaults["device"] != "auto":
             with contextlib.suppress(DeviceError):  # of %config: told by %airllm load, where it is used
                 self.device.value = defaults["device"]
-        self.dtype = ipywidgets.ToggleButtons(options=DTYPES, value=defaults["dtype"] if defaults["dtype"] in DTYPES else "auto")
+        self.dtype = ipywidgets.ToggleButtons(options=DTYPES, value=_named(defaults["dtype"]))
         self.dtype.style.button_width = "auto"
         self.memory = ipywidgets.Text(
             description="Memory", value=defaults["memory"], placeholder="auto, or 4GB", continuous_update=False,
@@ -73,6 +74,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         for control in (self.model, self.device, self.dtype, self.memory):
             control.observe(self._changed, "value")
         self.slider.observe(self._slid, "value")
+        background.run(self._offer)
         self._planner.ask()
 
     def __repr__(self) -> str:
@@ -109,6 +111,10 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         """Take the controls away, and plan no more."""
         self._planner.close()
         super().close()
+
+    def _offer(self) -> None:
+        """Offer what is here; finding it may take a while on a network's disk."""
+        self.model.options = models()
 
     def _changed(self, _change: Any) -> None:
         self._planner.ask()
@@ -171,6 +177,11 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
             self._following = False
 
 
+def _named(dtype: str) -> str:
+    """Return the button for a dtype as ``%config`` may name it; what is wrong there is told by ``%airllm load``."""
+    return str(NAMED[dtype]).removeprefix("torch.") if dtype in NAMED else "auto"
+
+
 def _labelled(text: str, control: ipywidgets.DOMWidget) -> ipywidgets.HBox:
     """Put a label before what has none of its own, as wide as those of the others."""
     row = ipywidgets.HBox([ipywidgets.HTML(f'<div class="airllm-label" style="width:{LABEL}">{text}</div>'), control])
@@ -203,5 +214,5 @@ def bug(trace: str) -> str:
     """Show the traceback of what nobody expected."""
     return (
         '<div class="airllm-problem" role="alert">✗ This is a bug in airllm_nb; please report it with this text:'
-        f"<pre>{escape(trace)}</pre></div>"
+        f"<pre>\n{escape(trace)}</pre></div>"
     )

@@ -56,6 +56,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.mark = f"airllm-of-{uuid.uuid4().hex[:8]}"
         self._publish = publish
         self._working = False
+        self._stopping = False  # the work that is under way
         self._was_loaded = False
         self._refreshing = threading.Lock()
         self._noted = session.conversation
@@ -65,8 +66,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.unload_button = _button("Unload", "eject", self._unload)
         self.change_button = _button("Another model", "exchange", self._change)
         self.ask_button = _button("Ask", "paper-plane", self._ask, primary=True)
-        self.stop_button = _button("Stop", "stop", self.session.stop)
-        self.stop_load_button = _button("Stop", "stop", self.session.stop)
+        self.stop_button = _button("Stop", "stop", self._stop)
+        self.stop_load_button = _button("Stop", "stop", self._stop)
         self.proceed_button = _button("Continue", "play", self._proceed)
         self.forget_button = _button("New conversation", "eraser", self._forget)
         self.copy_button = _button("Copy", "copy", self._copy)
@@ -104,6 +105,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         super().close()
 
     def _refresh(self) -> None:
+        if self._stopping and self._working and self.session.busy:
+            self.session.stop()  # again: what has just begun takes a stop for one of what was before
         working = self._working or self.session.busy
         try:
             about, loaded = report.one_line(self.session.model), True
@@ -148,6 +151,10 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
 
     def _unload(self) -> None:
         self._start(self.session.unload, quick=True)
+
+    def _stop(self) -> None:
+        self._stopping = self._working
+        self.session.stop()
 
     def _change(self) -> None:
         _show(self.chooser, yes=True)
@@ -222,7 +229,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if answer.stopped == "interrupted":
             about += " · stopped; Continue goes on"
         if answer.stopped == "length":
-            about += " · longest answer reached; Continue goes on"
+            full = conversation.last is not None and conversation.last.full
+            about += " · the model's context is full" if full else " · longest answer reached; Continue goes on"
         self._notes[len(conversation.messages) - 1, answer.text] = about
         self.chat.look_back(StaticResult(answer).html)
         self._publish(answer)
@@ -231,7 +239,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         """Do what a click asks for, and show what comes of it where the click was; what is `quick` needs no thread."""
         if self._working:
             return
-        self._working = True
+        self._working, self._stopping = True, False
         self._said.value = ""
         self.chat.say("")
         self.refresh()
@@ -253,7 +261,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         except BaseException:  # noqa: BLE001  # a bug, which keeps its traceback: a thread has no other place for it
             self._say(bug(traceback.format_exc()), loads=loads)
         finally:
-            self._working = False
+            self._working = self._stopping = False
             self.refresh()
 
     def _say(self, html: str, *, loads: bool) -> None:

@@ -91,7 +91,8 @@ class StaticResult:
 def _render(answer: Answer, model: LayeredModel | None, said: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield f'<div class="airllm-result" style="{BOX}">'  # the class is for nbval's sanitizing
     for message in said:
-        yield f'<div><b>{escape(message["role"])}</b></div><pre style="{SAID}">{escape(message["content"])}</pre>'
+        first = "\n" if message["content"].startswith("\n") else ""  # a line break right after <pre> is none, but the second is
+        yield f'<div><b>{escape(message["role"])}</b></div><pre style="{SAID}">{first}{escape(message["content"])}</pre>'
     rate = f" · {answer.tokens_per_second:.1f} tok/s" if answer.token_ids else ""
     yield f"<div><b>{_tokens(len(answer.token_ids))} · {_time(answer.seconds)}{rate}</b> · {WHY[answer.stopped]}</div>"
     for line in _settings(answer, model):

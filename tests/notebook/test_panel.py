@@ -122,6 +122,35 @@ def test_stop_and_go_on_is_as_if_nothing_had_happened(person, chat):
     assert panel.session.conversation.messages[-1]["content"].startswith(whole)
 
 
+def test_stop_right_after_ask_stops_it(person, chat, monkeypatch):
+    """Between the click and the thread's first step, nothing is under way yet."""
+    person.load(chat).panel
+    held = []
+    monkeypatch.setattr(background, "run", held.append)
+    person.ask("Hello", most=100)
+    person.click("stop")
+    held.pop()()
+    person.done()
+    assert "stopped" in person.said
+    person.ask("Hello", most=3)
+    held.pop()()
+    assert len(person.done().panel.session.answer.token_ids) == 3
+
+
+def test_a_full_context_is_named(person, chat):
+    panel = person.load(chat).panel
+    panel.session.model.config.max_position_embeddings = 40
+    person.ask("Hello", most=100).done()
+    assert panel.session.conversation.last.full
+    assert "the model&#x27;s context is full" in person.conversation
+
+
+def test_a_dtype_by_its_short_name():
+    panel = Panel(Session(SilentRenderer), DEFAULTS | {"dtype": "bf16"})
+    assert panel.chooser.dtype.value == "bfloat16"
+    panel.close()
+
+
 def test_while_it_works_only_stop_can_be_pressed(person, chat):
     panel = person.load(chat).panel
     seen = {}
