@@ -124,7 +124,7 @@ def test_stop_and_go_on_is_as_if_nothing_had_happened(person, chat):
 
 def test_stop_right_after_ask_stops_it(person, chat, monkeypatch):
     """Between the click and the thread's first step, nothing is under way yet."""
-    person.load(chat).panel
+    person.load(chat)
     held = []
     monkeypatch.setattr(background, "run", held.append)
     person.ask("Hello", most=100)
