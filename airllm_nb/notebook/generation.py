@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +174,6 @@ class Run:
         progress = Progress(state, new_renderer(), stop)
         last = ""
         ended: Ended = "failed"
-        began = time.perf_counter()
 
         def show(text: str) -> None:
             nonlocal last
@@ -208,7 +206,7 @@ class Run:
                 write("\n")
             self._unseen.close()
             progress.finish(ended)
-            self._seconds += time.perf_counter() - began
+            self._seconds += progress.state.seconds
             done = progress.totals()
             self._layers = tuple(map(LayerTotals.__add__, self._layers, done)) if self._layers else done
         return self._ending()

@@ -115,7 +115,7 @@ class Answer:
     prompt_tokens : int
         Length of the prompt in tokens, its chat template included.
     seconds : float
-        From the call of ``generate`` to its end.
+        From the begin of the first pass to the end of the last one, without the time between a stop and going on.
     stopped : {"end", "length", "stop", "interrupted"}
         The model ended the text, `max_new_tokens` was reached, a stop string came, or the user stopped it.
     layers : tuple of LayerTotals
