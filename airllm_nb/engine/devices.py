@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def select_dtype(wanted: str | torch.dtype, published: torch.dtype, device: torc
         return torch.float32, "auto: this GPU does not compute bfloat16"
     if device.type != "cpu":
         return published, f"auto: the checkpoint is {own}"
-    ratio = _linear_seconds(published) / _linear_seconds(torch.float32)
+    ratio = _linear_ratio(published)
     if ratio <= 1:
         return published, f"auto: the checkpoint is {own}, which takes {ratio:.2f} of float32's time on this CPU"
     return torch.float32, f"auto: the checkpoint is {own}, which takes {ratio:.1f} times float32's time on this CPU"
@@ -157,24 +158,20 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 @functools.cache
-def _linear_seconds(dtype: torch.dtype, width: int = 2048, repeats: int = 5) -> float:
-    """Measure a linear layer on this CPU, once: the median of 1 row (decoding) plus that of 32 rows (a prompt).
+def _linear_ratio(dtype: torch.dtype, width: int = 2048, rounds: int = 9) -> float:
+    """Measure, once, how long linear layers take on this CPU in a dtype over float32: for 1 row (decoding) and 32 (a prompt).
 
-    The weight (8 or 16 MB) is larger than a core's cache, so memory's share of the time counts as in a model.
+    In turn, and the least of each counts: a busy neighbour, which may make any of them ten times slower, decides nothing as long
+    as it rests now and then. The weight (8 or 16 MB) is larger than a core's cache, as in a model.
     """
+    cases = [(kind, rows) for rows in (1, 32) for kind in (dtype, torch.float32)]
+    seconds = dict.fromkeys(cases, math.inf)
     with threads.applied():
-        return _timed_linear(dtype, width, repeats)
-
-
-def _timed_linear(dtype: torch.dtype, width: int, repeats: int) -> float:
-    weight = torch.ones(width, width, dtype=dtype, device="cpu")
-    total = 0.0
-    for rows in (1, 32):
-        inputs = torch.ones(rows, width, dtype=dtype, device="cpu")
-        seconds = []
-        for _ in range(repeats + 1):  # the first one also prepares the kernel
-            begin = time.perf_counter()
-            torch.nn.functional.linear(inputs, weight)
-            seconds.append(time.perf_counter() - begin)
-        total += sorted(seconds[1:])[repeats // 2]
-    return total
+        weights = {kind: torch.ones(width, width, dtype=kind, device="cpu") for kind in (dtype, torch.float32)}
+        for _ in range(rounds):  # the first one also prepares the kernels
+            for kind, rows in cases:
+                inputs = torch.ones(rows, width, dtype=kind, device="cpu")
+                begin = time.perf_counter()
+                torch.nn.functional.linear(inputs, weights[kind])
+                seconds[kind, rows] = min(seconds[kind, rows], time.perf_counter() - begin)
+    return sum(seconds[dtype, rows] for rows in (1, 32)) / sum(seconds[torch.float32, rows] for rows in (1, 32))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 
 from airllm_nb.errors import PromptError
+from airllm_nb.notebook.fold import Fold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EVERY = 0.1  # seconds between two updates of text that is being written: the eye follows no faster
 DIGITS = 20  # of a seed: Python refuses to read thousands
+NOTHING_YET = "The last answer's time, layer by layer, will be here."
 NAMES = {"user": "you", "assistant": "model", "system": "system"}
 
 
@@ -30,6 +32,8 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
     ----------
     prompt : Textarea
         What to ask next.
+    settings, times : Fold
+        How the next token is chosen, and where the time of the last answer went.
     """
 
     def __init__(self, actions: ipywidgets.DOMWidget) -> None:
@@ -38,7 +42,7 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
         self._said = ipywidgets.HTML()
         # While it is typed, what is sent lags behind, and a click would overtake it: so it is sent when it is left.
         self.prompt = ipywidgets.Textarea(placeholder="Ask something", rows=3, continuous_update=False, layout={"width": "auto"})
-        wide, narrow = {"description_width": "130px"}, {"width": "230px"}
+        wide, narrow = {"description_width": "150px"}, {"width": "250px"}
         self.temperature = ipywidgets.FloatSlider(
             description="temperature", value=0.0, min=0.0, max=2.0, step=0.1, style=wide, readout_format=".1f",
             tooltip="0: the most likely token every time",
@@ -49,7 +53,7 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
         )  # fmt: skip
         self.seed = ipywidgets.Text(description="seed", placeholder="none", continuous_update=False, style=wide, layout=narrow)
         self.most = ipywidgets.BoundedIntText(
-            description="longest answer", value=256, min=1, max=1_000_000, style=wide, layout=narrow, tooltip="In tokens"
+            description="longest answer, tokens", value=256, min=1, max=1_000_000, style=wide, layout=narrow
         )
         self.system = ipywidgets.Textarea(
             description="system prompt",
@@ -57,16 +61,15 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             rows=2,
             continuous_update=False,
             style=wide,
-            layout={"width": "100%", "max_width": "560px"},
+            layout={"width": "auto", "max_width": "560px"},
         )
         settings = ipywidgets.VBox([self.temperature, self.top_p, self.seed, self.most, self.system])
-        self._back = ipywidgets.HTML("The last answer's time, layer by layer, will be here.")
-        folded = ipywidgets.Accordion([settings, self._back], selected_index=None)
-        folded.set_title(0, "How it answers: sampling, length, system prompt")
-        folded.set_title(1, "Where the time went")
+        self._back = ipywidgets.HTML(NOTHING_YET)
+        self.settings = Fold("How it answers: sampling, length, system prompt", settings)
+        self.times = Fold("Where the time went", self._back)
         self._text = ""
         self._drawn = 0.0
-        super().__init__([self._turns, self._growing, self._said, self.prompt, actions, folded])
+        super().__init__([self._turns, self._growing, self._said, self.prompt, actions, self.settings, self.times])
 
     def __repr__(self) -> str:
         return "<airllm_nb: conversation>"
@@ -92,11 +95,11 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
             "system": self.system.value.strip(),
         }
 
-    def show(self, messages: Sequence[dict[str, str]], notes: dict[tuple[int, str], str]) -> None:
-        """Draw the turns; `notes` has a line to stand below some, by their number and text."""
-        self._turns.value = "".join(
-            _turn(message, notes.get((number, message["content"]), "")) for number, message in enumerate(messages)
-        )
+    def show(self, messages: Sequence[dict[str, str]], notes: dict[tuple[int, str], str], hint: str = "") -> None:
+        """Draw the turns; `notes` has a line to stand below some, by their number and text; `hint` follows that of the last."""
+        below = [notes.get((number, message["content"]), "") for number, message in enumerate(messages)]
+        below[-1:] = [note and note + hint for note in below[-1:]]
+        self._turns.value = "".join(map(_turn, messages, below))
         self._growing.value = ""
 
     def begin(self, text: str = "") -> None:
@@ -115,7 +118,7 @@ class ChatBox(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no
         """Show something below the conversation that is not part of it."""
         self._said.value = html
 
-    def look_back(self, html: str) -> None:
+    def look_back(self, html: str = NOTHING_YET) -> None:
         """Show where the time of the last answer went."""
         self._back.value = html
 

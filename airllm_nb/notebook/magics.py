@@ -108,6 +108,9 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         panel = Panel(self.session, {"device": self.device, "dtype": self.dtype, "memory": self.memory}, leave)
         publish(panel)
         place = publish({"text/plain": "", "text/html": ""}, raw=True, display_id=True)  # what stays when the widgets are gone
+        answer, said = self.session.answer, self.session.conversation.messages
+        if answer is not None and said and said[-1]["content"] == answer.text:  # perhaps of a panel whose page was reloaded
+            leave(answer)
         self.shell.user_ns["_airllm_panel"] = panel
         if isinstance(self.shell.user_ns.get("panel", panel), Panel):  # never in place of something of the user's
             self.shell.user_ns["panel"] = panel

@@ -44,7 +44,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         style = {"description_width": LABEL}
         self.model = ipywidgets.Combobox(
             description="Model", value="demo", placeholder="org/name, a folder, or demo",
-            continuous_update=False, style=style, layout={"width": "100%", "max_width": "560px"},
+            continuous_update=False, style=style, layout={"width": "auto", "max_width": "560px"},
         )  # fmt: skip
         self.device = DeviceSelector()
         if defaults["device"] != "auto":
@@ -75,7 +75,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
             control.observe(self._changed, "value")
         self.slider.observe(self._slid, "value")
         background.run(self._offer)
-        self._planner.ask()
+        self._changed()
 
     def __repr__(self) -> str:
         return "<airllm_nb: which model>"
@@ -116,7 +116,9 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         """Offer what is here; finding it may take a while on a network's disk."""
         self.model.options = models()
 
-    def _changed(self, _change: Any) -> None:
+    def _changed(self, _change: Any = None) -> None:
+        if not self.plan.value:  # else the old plan stays until the new one is there
+            self.plan.value = '<div class="airllm-why">reading the model\'s headers …</div>'
         self._planner.ask()
 
     def _slid(self, change: Any) -> None:
@@ -152,7 +154,8 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
                 self.plan.value = ""
             return
         except Exception:  # noqa: BLE001  # a bug, which keeps its traceback: a thread has no other place for it
-            self.plan.value = bug(traceback.format_exc())
+            if is_latest():
+                self.plan.value = bug(traceback.format_exc())
             return
         if is_latest():
             self.plan.value = describe(decided, prediction)

@@ -63,23 +63,24 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._notes: dict[tuple[int, str], str] = {}  # of that conversation's messages, by their number and text
         self.chooser = ModelChooser(defaults)
         self.load_button = _button("Load", "download", self._load, primary=True)
-        self.unload_button = _button("Unload", "eject", self._unload)
+        self.unload_button = _button("Unload", "eject", self._unload, "Frees its memory, and forgets the conversation")
         self.change_button = _button("Another model", "exchange", self._change)
         self.ask_button = _button("Ask", "paper-plane", self._ask, primary=True)
         self.stop_button = _button("Stop", "stop", self._stop)
         self.stop_load_button = _button("Stop", "stop", self._stop)
-        self.proceed_button = _button("Continue", "play", self._proceed)
+        self.proceed_button = _button("Continue", "play", self._proceed, "Goes on with the last answer, as it was begun")
         self.forget_button = _button("New conversation", "eraser", self._forget)
-        self.copy_button = _button("Copy", "copy", self._copy)
+        self.text_button = _button("As text", "copy", self._as_text, "Shows the conversation as plain text, to be copied")
         self._plain = ipywidgets.Textarea(rows=6, layout={"width": "auto", "display": "none"})
         self._head = ipywidgets.HTML()
         self._picture = ipywidgets.HTML()
         self._said = ipywidgets.HTML()
         loading = _row(self.load_button, self.stop_load_button, self.unload_button, self.change_button)
-        self.chat = ChatBox(_row(self.ask_button, self.stop_button, self.proceed_button, self.forget_button, self.copy_button))
+        asking = _row(self.ask_button, self.stop_button, self.proceed_button, self.forget_button, self.text_button)
+        self.chat = ChatBox(ipywidgets.VBox([asking, self._plain]))
         super().__init__([
             ipywidgets.HTML(strip.STYLE + STYLE + f"<style>.{self.mark} {{ display: none; }}</style>"),
-            self._head, self.chooser, loading, self._said, self._picture, self.chat, self._plain,
+            self._head, self.chooser, loading, self._said, self._picture, self.chat,
         ])  # fmt: skip
         self.add_class("airllm-panel")
         for widget in _within(self):  # one route for all: a click must not overtake what was typed, nor wait for a cell
@@ -101,7 +102,10 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             self.session.stop()
         self.session.watchers.discard(self)
         for widget in [*_within(self)][1:]:  # ipywidgets keeps every open one, and a button keeps the panel
-            widget.close()
+            for part in (widget.layout, getattr(widget, "style", None), widget):
+                if isinstance(part, ipywidgets.Widget):
+                    part.close()
+        self.layout.close()
         super().close()
 
     def _refresh(self) -> None:
@@ -120,21 +124,24 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._head.value = f'<div class="airllm-head"><b>airllm_nb</b><span>{escape(about)}</span></div>'
         _show(self.load_button, yes=_shown(self.chooser))
         _show(self.unload_button, yes=loaded)
-        _show(self.change_button, yes=loaded and not _shown(self.chooser))
+        _show(self.change_button, yes=loaded)
+        self.change_button.description = "Keep this model" if _shown(self.chooser) else "Another model"
         _show(self.chat, yes=loaded)
         _show(self.stop_load_button, yes=_shown(self.chooser))
         conversation = self.session.conversation
         if conversation is not self._noted:
             self._noted, self._notes = conversation, {}
+            self.chat.say("")
+            self.chat.look_back()
         messages = conversation.messages if loaded else []
         if not self._working:  # before anything can be pressed again
-            self.chat.show(messages, self._notes)
+            self.chat.show(messages, self._notes, "; Continue goes on" if self.session.can_proceed_in_conversation else "")
             self._write_plain()
         self.load_button.disabled = self.unload_button.disabled = self.change_button.disabled = working
         self.ask_button.disabled = working
         self.stop_button.disabled = self.stop_load_button.disabled = not working
         self.proceed_button.disabled = working or not self.session.can_proceed_in_conversation
-        self.forget_button.disabled = self.copy_button.disabled = working or not messages
+        self.forget_button.disabled = self.text_button.disabled = working or not messages
         self.chooser.enable(yes=not working)
         self.chat.enable(yes=not working)
 
@@ -157,7 +164,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self.session.stop()
 
     def _change(self) -> None:
-        _show(self.chooser, yes=True)
+        _show(self.chooser, yes=not _shown(self.chooser))
         self.refresh()
 
     def _ask(self) -> None:
@@ -177,7 +184,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
             try:
                 self._answer(lambda: self.session.chat(prompt, **self._shown_here(), **sampling))
             finally:
-                if len(said) == before:
+                if len(said) == before and not self.chat.prompt.value:
                     self.chat.prompt.value = prompt  # it was refused: nothing that was written is lost
 
         self._start(work)
@@ -207,8 +214,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         self._plain.layout.display = "none"
         self._start(self.session.forget, quick=True)
 
-    def _copy(self) -> None:
-        """Show the conversation as plain text, to be selected and copied: no core widget reaches the clipboard."""
+    def _as_text(self) -> None:
+        """Show the conversation to be selected and copied: no core widget reaches the clipboard."""
         _show(self._plain, yes=not _shown(self._plain))
         self._write_plain()
 
@@ -227,10 +234,10 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         if conversation.note:
             about += f" · {conversation.note}"
         if answer.stopped == "interrupted":
-            about += " · stopped; Continue goes on"
+            about += " · stopped"
         if answer.stopped == "length":
             full = conversation.last is not None and conversation.last.full
-            about += " · the model's context is full" if full else " · longest answer reached; Continue goes on"
+            about += " · the model's context is full" if full else " · longest answer reached"
         self._notes[len(conversation.messages) - 1, answer.text] = about
         self.chat.look_back(StaticResult(answer).html)
         self._publish(answer)
@@ -252,7 +259,8 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publishes no t
         try:
             work()
         except Interrupted as stop:
-            self._say(f'<div class="airllm-why" role="status">{escape(str(stop))}</div>', loads=loads)
+            if stop.answer is None or not stop.answer.token_ids:  # else it stands below the text
+                self._say(f'<div class="airllm-why" role="status">{escape(str(stop).partition(",")[0])}</div>', loads=loads)
         except AirLLMError as error:
             if loads:
                 self.chooser.explain(error)
@@ -289,8 +297,10 @@ class _Drawing:
         self._picture.value = ""
 
 
-def _button(text: str, icon: str, click: Callable[[], object], *, primary: bool = False) -> ipywidgets.Button:
-    button = ipywidgets.Button(description=text, icon=icon, button_style="primary" if primary else "", layout={"width": "auto"})
+def _button(text: str, icon: str, click: Callable[[], object], tooltip: str = "", *, primary: bool = False) -> ipywidgets.Button:
+    button = ipywidgets.Button(
+        description=text, icon=icon, tooltip=tooltip or text, button_style="primary" if primary else "", layout={"width": "auto"}
+    )
     button.on_click(lambda _: click())
     return button
 

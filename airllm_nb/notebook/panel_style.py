@@ -19,6 +19,10 @@ STYLE = """<style>
   font-size: 13px; line-height: 1.55; font-variant-numeric: tabular-nums; }
 .airllm-panel .airllm-plan dt, .airllm-panel .airllm-plan dd { margin: 0; padding: 0; float: none; width: auto; }
 .airllm-panel .airllm-plan dt { opacity: .75; font-weight: 400; }
+.airllm-fold .widget-toggle-button { text-align: left; font-weight: 600; }
+.airllm-fold .widget-html-content { min-width: 0; }
+.airllm-fold img { max-width: 100%; }
+@media (max-width: 900px) { .airllm-label { text-align: left; } }
 .airllm-turn { font-size: 14px; line-height: 1.5; margin: 6px 0; padding: 6px 10px; border-radius: 6px; }
 .airllm-turn > b { display: block; font-size: 12px; font-weight: 600; opacity: .75; }
 .airllm-turn > div { white-space: pre-wrap; overflow-wrap: anywhere; }

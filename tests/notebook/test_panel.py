@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 
+import ipywidgets
 import pytest
 from waiting import wait_for
 
@@ -87,7 +88,7 @@ def test_load_ask_and_unload(person, chat, published):
     person.ask("And now?").done()
     assert len(panel.session.conversation.messages) == 4
     assert "were in the KV cache" in person.conversation
-    person.click("copy")
+    person.click("text")
     assert panel._plain.value.startswith("user: Hello <b>you</b>\n\nassistant: ")
     person.click("forget")
     assert "Hello" not in person.conversation
@@ -110,7 +111,7 @@ def test_stop_and_go_on_is_as_if_nothing_had_happened(person, chat):
     panel.chat.write = stop_soon
     person.ask("Hello", most=30).done()
     panel.chat.write = original
-    assert "stopped" in person.said
+    assert "stopped" in person.conversation
     part = panel.session.conversation.messages[-1]["content"]
     assert len(part) < len(whole)
     person.click("proceed")
@@ -156,12 +157,12 @@ def test_while_it_works_only_stop_can_be_pressed(person, chat):
     seen = {}
 
     def look(_text):
-        names = ("load", "unload", "change", "ask", "proceed", "forget", "copy", "stop")
+        names = ("load", "unload", "change", "ask", "proceed", "forget", "text", "stop")
         seen.update({name: getattr(panel, f"{name}_button").disabled for name in names})
 
     panel.chat.write = look
     person.ask("Hello").done()
-    assert seen == dict.fromkeys(("load", "unload", "change", "ask", "proceed", "forget", "copy"), True) | {"stop": False}
+    assert seen == dict.fromkeys(("load", "unload", "change", "ask", "proceed", "forget", "text"), True) | {"stop": False}
     assert panel.stop_button.disabled
 
 
@@ -425,7 +426,7 @@ def test_an_unloaded_model_leaves_no_picture_in_any_panel(person, chat):
 def test_the_plain_text_follows_the_conversation(person, chat):
     panel = person.load(chat).panel
     person.ask("Hello", most=3).done()
-    person.click("copy")
+    person.click("text")
     person.ask("And now?", most=3).done()
     assert "And now?" in panel._plain.value
 
@@ -456,3 +457,50 @@ def test_a_click_that_comes_while_a_cell_runs_is_answered(person, chat):
     panel._proceed()  # and one that comes too late
     person.done()
     assert "bug" not in person.said
+
+
+def test_only_the_last_answer_goes_on(person, chat):
+    person.load(chat)
+    person.ask("Hello", most=3).done()
+    assert person.conversation.count("Continue goes on") == 1
+    person.ask("And now?", most=3).done()
+    assert person.conversation.count("longest answer reached") == 2
+    assert person.conversation.count("Continue goes on") == 1
+
+
+def test_a_new_model_can_be_looked_for_without_losing_the_old_one(person, chat):
+    panel = person.load(chat).panel
+    person.ask("Hello", most=3).done()
+    person.click("change")
+    assert panel.chooser.layout.display is None
+    assert panel.change_button.description == "Keep this model"
+    person.click("change")
+    assert panel.chooser.layout.display == "none"
+    assert "Hello" in person.conversation
+
+
+def test_what_one_panel_said_goes_with_the_conversation_that_another_ends(person, chat, monkeypatch):
+    panel = person.load(chat).panel
+    other = Panel(panel.session, DEFAULTS)
+    stop_when(panel, lambda state: state.kind == "prefill", monkeypatch)
+    person.ask("Hello").done()
+    assert "stopped before the first token" in person.said
+    other.unload_button.click()
+    assert not person.said
+    other.close()
+
+
+def test_a_closed_panel_leaves_no_widget():
+    widgets = getattr(ipywidgets.widgets.widget, "_instances", None) or ipywidgets.Widget.widgets
+    before = set(widgets)
+    panel = Panel(Session(SilentRenderer), DEFAULTS)
+    assert len(widgets) > len(before) + 50
+    panel.close()
+    assert set(widgets) <= before
+
+
+def test_what_is_folded_away_is_opened_by_a_button(person):
+    for fold in (person.panel.chat.settings, person.panel.chat.times):
+        assert fold.children[1].layout.display == "none"
+        fold.heading.value = True
+        assert fold.children[1].layout.display is None
