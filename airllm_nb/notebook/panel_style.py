@@ -10,7 +10,8 @@ STYLE = """<style>
 .airllm-head { display: flex; flex-wrap: wrap; column-gap: 1em; justify-content: space-between; line-height: 1.5;
   font-size: 13px; padding-bottom: 6px; border-bottom: 1px solid var(--jp-border-color2, rgba(128, 128, 128, .5)); }
 .airllm-row { flex-wrap: wrap; align-items: baseline; overflow: visible; margin: 2px 0; }
-.airllm-label { text-align: right; font-size: 13px; line-height: 28px; margin: 0 6px 0 2px; }
+.airllm-panel .widget-label { text-align: left; }
+.airllm-label { font-size: 13px; line-height: 28px; margin: 0 6px 0 2px; }
 .airllm-why { font-size: 12px; line-height: 1.45; opacity: .8; }
 .airllm-problem { overflow-wrap: anywhere; font-size: 13px; line-height: 1.5; padding: 2px 8px; margin: 2px 0;
   border-left: 3px solid var(--jp-error-color1, #d32f2f); }
@@ -22,7 +23,6 @@ STYLE = """<style>
 .airllm-fold .widget-toggle-button { text-align: left; font-weight: 600; }
 .airllm-fold .widget-html-content { min-width: 0; }
 .airllm-fold img { max-width: 100%; }
-@media (max-width: 900px) { .airllm-label { text-align: left; } }
 .airllm-turn { font-size: 14px; line-height: 1.5; margin: 6px 0; padding: 6px 10px; border-radius: 6px; }
 .airllm-turn > b { display: block; font-size: 12px; font-weight: 600; opacity: .75; }
 .airllm-turn > div { white-space: pre-wrap; overflow-wrap: anywhere; }
