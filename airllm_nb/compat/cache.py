@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ import transformers
 # These grow by making new tensors, so that keeping a reference to the old ones is enough. All others write into theirs.
 GROWING = frozenset(("DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"))
 EMPTY = "DummyLayer"  # of a layer that keeps nothing, or uses another one's keys
+
+LAYER_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state")
+"""What layers call it."""
 
 KNOWS_LAYERS = "config" in inspect.signature(transformers.DynamicCache.__init__).parameters
 """Whether ``DynamicCache`` learns from the config which layers have a sliding window; before, it kept all positions of all."""
@@ -71,6 +74,12 @@ def length(cache: Any) -> int:
         return int(cache.get_seq_length())
     keys = cache[0][0] if cache and cache[0] else None  # the tuples of old
     return 0 if keys is None else int(keys.shape[-2])
+
+
+def within(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a KV cache, a layer's part of one, or a recurrent state is among the arguments of a layer."""
+    named = any(kwargs.get(name) is not None for name in LAYER_CACHES)
+    return named or any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
 
 
 def snapshot(cache: Any) -> Callable[[], None]:

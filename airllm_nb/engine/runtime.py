@@ -21,6 +21,7 @@ from airllm_nb.engine.pressure import Watch
 from airllm_nb.engine.release import Release
 from airllm_nb.engine.skeleton import Layer
 from airllm_nb.engine.stream import WeightStream
+from airllm_nb.engine.taps import Tap, visit
 from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, MemoryShort, PassBegin, PassEnd, Source
 
@@ -50,6 +51,9 @@ class Runtime:
         self.keeps_cache = True
         self.listener: Listener | None = None
         """Who is told of events; may be set at any time, also by a listener."""
+        self.taps: tuple[Tap, ...] = ()
+        """Who sees what leaves each layer; replaced as a whole, under `taps_lock`."""
+        self.taps_lock = threading.Lock()
         self._layers = [_LayerHooks(self, layer, info) for layer, info in zip(layers, plan.layers, strict=True)]
         self._hooked: tuple[Plan, bool] | None = None
         self._pending: tuple[Plan, MemoryShort] | None = None
@@ -146,16 +150,17 @@ class Runtime:
         """Stop telling and computing. Freeing the weights is up to whoever made them."""
         self.closed = True
         self.listener = None
+        self.taps = ()
 
     def _hook_layers(self) -> None:
-        """Put hooks on the layers that stream, and while someone listens on all of them."""
-        telling = self.listener is not None
-        if self._hooked is not None and self._hooked[0] is self.plan and self._hooked[1] == telling:
+        """Put hooks on the layers that stream, and while someone listens or has a tap on all of them."""
+        watched = self.listener is not None or bool(self.taps)
+        if self._hooked is not None and self._hooked[0] is self.plan and self._hooked[1] == watched:
             return
         for hooks, info in zip(self._layers, self.plan.layers, strict=True):
             hooks.info = info
-            hooks.put(wanted=telling or not info.resident)
-        self._hooked = self.plan, telling  # last: what an interrupt leaves half done is done again
+            hooks.put(wanted=watched or not info.resident)
+        self._hooked = self.plan, watched  # last: what an interrupt leaves half done is done again
 
 
 _RUN = Runtime.run.__code__
@@ -178,12 +183,16 @@ class _LayerHooks:
             (self.before, module._forward_pre_hooks, module.register_forward_pre_hook),  # noqa: SLF001
             (self.after, module._forward_hooks, module.register_forward_hook),  # noqa: SLF001
         )
+        with_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001  # set by hand: `register` could be interrupted before
         for hook, table, register in tables:
             numbers = [number for number, other in table.items() if other == hook]
             if wanted and not numbers:
-                register(hook)
+                numbers.append(register(hook).id)
+            if wanted and hook == self.after:
+                with_kwargs.update(dict.fromkeys(numbers, True))
             for number in () if wanted else numbers:
                 del table[number]
+                with_kwargs.pop(number, None)
 
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
         """Fetch the weights, then begin."""
@@ -200,12 +209,15 @@ class _LayerHooks:
             waited = self.began - begin
             self.runtime.emit(ComputeBegin(self.info.index, self.info.name, self.info.nbytes, self.source, waited))
 
-    def after(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        """End, then release the weights. The output is not touched: its type differs between versions."""
+    def after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """End, show the output to the taps, then release the weights. Returns what they make of it."""
+        seconds = time.perf_counter() - self.began
+        taps = self.runtime.taps
+        changed = visit(taps, self.info, module, args, kwargs, output) if taps else None
         if self.runtime.listener is not None:
-            seconds = time.perf_counter() - self.began
             self.runtime.emit(ComputeEnd(self.info.index, self.info.name, self.info.nbytes, seconds, self.source))
         if not self.info.resident:
             self.layer.group.detach()
             if self.runtime.stream is not None:
                 self.runtime.stream.give_back(self.info.index)
+        return changed

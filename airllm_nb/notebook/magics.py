@@ -80,7 +80,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             print(options.CELL.format_help())
             return
         settings = vars(options.CELL.parse_args(words))
-        output = settings.pop("output")
+        output, lens = settings.pop("output"), settings.pop("lens")
         settings["stop"] = tuple(settings["stop"])
         before, self._output = self._output, (None, output)
         try:
@@ -88,6 +88,8 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         except AirLLMError:  # what can be gone on with is still the cell before
             self._output = before
             raise
+        if lens:
+            self._look()
 
     line.__doc__ = cell.__doc__ = options.HELP  # what %airllm? and %%airllm? show
 
@@ -194,6 +196,14 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             from airllm_nb.notebook.result import StaticResult
 
             publish(StaticResult(answer))
+
+    def _look(self) -> None:
+        """Show what each layer would have said of the last text, and keep the trace in `_airllm_trace`."""
+        self.shell.user_ns["_airllm_trace"] = trace = self.session.trace()
+        if self._display_kind() == "widget":
+            publish(trace.lens_picture())
+        else:
+            print(trace.lens_text())
 
     def _display_kind(self) -> str:
         if self.display != "auto":

@@ -82,6 +82,8 @@ def _cell_parser() -> Parser:
     parser.option("--stop", action="append", default=[], metavar="TEXT", type=_unescape,
                   help=r"end before this text; may be given again; \n and \t mean line break and tab; --stop=TEXT takes "
                   "any text, such as one that begins with -")  # fmt: skip
+    parser.option("--lens", action="store_true",
+                  help="then show what each layer would have said; the trace is in `_airllm_trace` (one more pass over the text)")  # fmt: skip
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
     return parser
 

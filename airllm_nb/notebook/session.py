@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from airllm_nb import LayeredModel
+    from airllm_nb.engine.trace import Trace
     from airllm_nb.notebook.generation import Run
 
 PLENTY = "1000TB"
 PAUSE = 0.01
+LENS_TOKENS = 12
 
 
 class SessionError(AirLLMError):
@@ -76,6 +78,7 @@ class Session:
         self.conversation = Conversation()
         self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._run: Run | None = None  # what can be gone on with
+        self._text: list[int] = []  # the last run's ids, of the prompt and of the answer
         self._given: Answer | None = None  # by the call that is under way
         self._new_renderer = new_renderer
         self._write = write
@@ -257,6 +260,48 @@ class Session:
                 run.extend(write or self._write)
             return self._go(run, renderer, write, again=True)
 
+    def trace(self, *, last: int = LENS_TOKENS, renderer: Renderer | None = None) -> Trace:
+        """Run over the last text once more, prompt and answer, and note what each layer would have said.
+
+        The answer's last token is left out: what comes after it was not asked for.
+
+        Parameters
+        ----------
+        last : int
+            How many tokens are looked at, from the end.
+        renderer : Renderer, optional
+            What draws this pass, in place of the session's own.
+
+        Raises
+        ------
+        SessionError
+            If there is no text of the loaded model.
+        UnsupportedError
+            If the model has no logit lens.
+        Interrupted
+            If the user interrupts.
+        """
+        with self._alone():
+            model = self.model
+            if not self._text:
+                raise SessionError("There is no text to look into.", "Ask something first.")
+            from airllm_nb.notebook.verdict import memory_left
+
+            state = RunState(model.name, model.layers, 1, memory_left(model))
+            progress = Progress(state, renderer or self._new_renderer(), self._stop)
+            ended: Ended = "failed"
+            try:
+                model.progress = progress
+                trace = model.trace(self._text[:-1], last=last)
+                ended = "done"
+            except KeyboardInterrupt:
+                ended = "interrupted"
+                raise
+            finally:
+                model.progress = None
+                progress.finish(ended)
+            return trace
+
     @property
     def can_proceed(self) -> bool:
         """Whether the last text was stopped or cut, so that `proceed` can go on with it."""
@@ -310,6 +355,7 @@ class Session:
             run.begin(write)  # again, if that was interrupted
             answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop, again=again)
         self.answer = self._given = answer
+        self._text = [*run.prompt, *run.ids]
         return answer
 
     @contextlib.contextmanager
@@ -341,6 +387,7 @@ class Session:
             return
         self._let_go(self._run)
         self._run = None
+        self._text = []
         self._forget()
         with interrupt_later():  # in the middle, it could be lost in a finalizer, which raises nothing
             model, self._model = self._model, None

@@ -1,0 +1,85 @@
+"""The logit lens: what the model would say if a layer were its last one.
+
+The final norm and the head are applied to the hidden state that leaves a layer (nostalgebraist, "interpreting GPT: the logit
+lens", 2020).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from airllm_nb.compat.config import text_config
+from airllm_nb.errors import UnsupportedError
+from airllm_nb.events import LayerInfo
+
+CHUNK = 16 * 2**20
+"""Bytes that logits may take at once: of a long text and a large vocabulary they would not fit in memory."""
+
+TOLERANCE = 0.05
+"""Of the largest logit. The one row of the model's own logits may have other last bits, which bfloat16 makes large."""
+
+
+class Lens:
+    """Turns hidden states into guesses of the next token.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model.
+    layers : sequence of LayerInfo
+        Its decoder layers.
+
+    Raises
+    ------
+    UnsupportedError
+        If it has no head.
+    """
+
+    def __init__(self, model: Any, layers: tuple[LayerInfo, ...]) -> None:
+        self._name = type(model).__name__
+        self._norm = _final_norm(model, layers[-1].name)
+        self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise self._refusal("it has no head that gives logits")
+        text = text_config(model.config)
+        self._rows = max(CHUNK // (4 * text.vocab_size), 1)
+        self._factor = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+        self._cap: float | None = getattr(text, "final_logit_softcapping", None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits, shape (tokens, vocabulary), float32, for hidden states of shape (tokens, width)."""
+        logits: torch.Tensor = self._head(self._norm(hidden)).float() * self._factor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def top(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest next tokens: ids and probabilities, each of shape (tokens, count), on the CPU."""
+        found = []
+        for part in torch.split(hidden, self._rows):
+            logits = self.logits(part)
+            found.append(torch.softmax(logits, dim=-1).topk(min(count, logits.shape[-1])))
+        return torch.cat([top.indices for top in found]).cpu(), torch.cat([top.values for top in found]).cpu()
+
+    def check(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare with the model's own logits, shape (vocabulary,), what the last layer's hidden state gives, shape (width,).
+
+        Raises
+        ------
+        UnsupportedError
+            If they differ: the model does something else between its last layer and its logits.
+        """
+        own, seen = logits.float(), self.logits(hidden[None])[0]
+        if own.shape != seen.shape or not (own - seen).abs().max() <= TOLERANCE * own.abs().max():
+            raise self._refusal("its logits are not those of final norm and head")
+
+    def _refusal(self, why: str) -> UnsupportedError:
+        return UnsupportedError(f"{self._name} has no logit lens: {why}.", "Pass top_k=0: the trace goes without guesses.")
+
+
+def _final_norm(model: Any, last: str) -> nn.Module:
+    """Return the norm behind the last layer, called `last`: of the norms beside the list of layers the last one, if any."""
+    holder = model.get_submodule(last.rsplit(".", 2)[0]) if last.count(".") > 1 else model
+    norms = [child for name, child in holder.named_children() if "norm" in name or name == "ln_f"]
+    return norms[-1] if norms else nn.Identity()

@@ -1,0 +1,172 @@
+"""Taps: functions of the user's that see the hidden state between two decoder layers, and may put another in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from airllm_nb.compat import cache
+from airllm_nb.errors import AirLLMError, UnsupportedError
+from airllm_nb.events import LayerInfo
+
+if TYPE_CHECKING:
+    from airllm_nb.engine.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class LayerVisit(LayerInfo):
+    """A layer that has just computed, as a function given to ``on_layer`` sees it.
+
+    Attributes
+    ----------
+    index, name, nbytes, resident
+        The layer, as in `airllm_nb.events.LayerInfo`.
+    before : torch.Tensor
+        The hidden state that entered it, of shape (batch, tokens, width). A function that returns it has skipped the layer.
+    """
+
+    before: torch.Tensor = field(repr=False, compare=False)
+    _compute: list[Callable[[torch.Tensor], torch.Tensor]] = field(repr=False, compare=False)  # empty when the visit is over
+
+    def again(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the layer once more, on `hidden`; a function that returns what comes out has repeated it.
+
+        Works within the visit alone, and without a KV cache: the layer has one place in it, and that is taken.
+
+        Raises
+        ------
+        AirLLMError
+            If there is a KV cache, or the visit is over.
+        """
+        if not self._compute:
+            raise AirLLMError(
+                f"{self.name} cannot compute again: the function that on_layer called with it has returned.",
+                "Call layer.again(hidden) within the function.",
+            )
+        return self._compute[0](hidden)
+
+
+Function = Callable[[LayerVisit, torch.Tensor], "torch.Tensor | None"]
+"""What ``on_layer`` takes."""
+
+
+class Tap:
+    """A function that is called with what leaves each layer, until it is removed; a context manager.
+
+    Parameters
+    ----------
+    runtime : Runtime
+        Whose layers.
+    function : callable(layer, hidden)
+        See `LayeredModel.on_layer`.
+    """
+
+    def __init__(self, runtime: Runtime, function: Function) -> None:
+        self.function = function
+        self._runtime = runtime
+
+    def add(self) -> None:
+        """Have the function called from the next pass on."""
+        with self._runtime.taps_lock:
+            self._runtime.taps = (*self._runtime.taps, self)
+
+    def remove(self) -> None:
+        """Have it called no more, from now on. May be called again."""
+        with self._runtime.taps_lock:
+            self._runtime.taps = tuple(tap for tap in self._runtime.taps if tap is not self)
+
+    def __enter__(self) -> Tap:  # noqa: PYI034  # typing.Self is new in Python 3.11
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def visit(
+    taps: Sequence[Tap], info: LayerInfo, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Any:
+    """Call each tap's function with what leaves a layer, one after the other.
+
+    Parameters
+    ----------
+    taps : sequence of Tap
+        In the order in which they were added; each sees what the one before has made of the hidden state.
+    info : LayerInfo
+        The layer.
+    module : nn.Module
+        Its module, with its weights in place.
+    args, kwargs
+        What it was called with.
+    output : torch.Tensor or tuple
+        What it has returned; of a tuple, which transformers 4 has, the first member is the hidden state.
+
+    Returns
+    -------
+    torch.Tensor, tuple or None
+        What the layer shall have returned instead; None if nothing is replaced.
+
+    Raises
+    ------
+    AirLLMError
+        If a function returns anything but None or a tensor like the hidden state.
+    UnsupportedError
+        If the layer hands on something else than a hidden state.
+    """
+    before, hidden = _entered(args, kwargs), _hidden(output)
+    if before is None or hidden is None:
+        raise UnsupportedError(f"What passes through {info.name} of this model is not one hidden state.", "Remove the function.")
+
+    def compute(state: torch.Tensor) -> torch.Tensor:
+        if cache.within(args[1:], kwargs):
+            raise AirLLMError(
+                f"{info.name} cannot compute again: it has one place in the KV cache, and that is taken.",
+                "Pass use_cache=False to the model or to generate.",
+            )
+        first, rest = ((state, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": state})
+        result = _hidden(module.forward(*first, **rest))
+        assert result is not None
+        return result
+
+    entered = hidden
+    within: list[Callable[[torch.Tensor], torch.Tensor]] = [compute]
+    layer = LayerVisit(info.index, info.name, info.nbytes, info.resident, before, within)
+    try:
+        for tap in taps:
+            made = tap.function(layer, hidden)
+            if made is not None:
+                hidden = _like(hidden, made, info)
+    finally:
+        within.clear()  # or a layer that somebody keeps would keep the model
+    if hidden is entered:
+        return None
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _entered(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    value = args[0] if args else kwargs.get("hidden_states")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _hidden(output: Any) -> torch.Tensor | None:
+    value = output[0] if isinstance(output, tuple) and output else output
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _like(hidden: torch.Tensor, made: Any, info: LayerInfo) -> torch.Tensor:
+    """Return what a function has made, if it can stand in place of the hidden state."""
+    if isinstance(made, torch.Tensor) and all(one == other for one, other in zip(_form(made), _form(hidden), strict=True)):
+        return made
+    what = " ".join(map(str, _form(made))) if isinstance(made, torch.Tensor) else type(made).__name__
+    raise AirLLMError(
+        f"The function on {info.name} returned {what}, and the hidden state is {' '.join(map(str, _form(hidden)))}.",
+        "Return a tensor of the same shape, dtype and device, or None to leave it as it is.",
+    )
+
+
+def _form(tensor: torch.Tensor) -> Iterator[Any]:
+    yield from (tuple(tensor.shape), tensor.dtype, tensor.device)
