@@ -83,7 +83,7 @@ def _cell_parser() -> Parser:
                   help=r"end before this text; may be given again; \n and \t mean line break and tab; --stop=TEXT takes "
                   "any text, such as one that begins with -")  # fmt: skip
     parser.option("--lens", action="store_true",
-                  help="then show what each layer would have said; the trace is in `_airllm_trace` (one more pass over the text)")  # fmt: skip
+                  help="then show what each layer would have said: one more pass; it leaves `_airllm_trace`")  # fmt: skip
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
     return parser
 

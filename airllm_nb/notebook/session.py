@@ -351,6 +351,7 @@ class Session:
 
     def _go(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None, *, again: bool) -> Answer:
         write = write or self._write
+        self._text = []
         with self._interruptible(run):
             run.begin(write)  # again, if that was interrupted
             answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop, again=again)

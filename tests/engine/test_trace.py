@@ -1,0 +1,298 @@
+"""`model.trace`: the lens is the model's own logits, norms and attention are transformers' own, whatever stays in memory."""
+
+import base64
+import re
+import sys
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+import transformers
+from tiny import CONFIGS, LAYERS, VOCABULARY, budgets
+
+from airllm_nb import LayeredModel, plan
+from airllm_nb.engine import lens
+from airllm_nb.errors import AirLLMError, PromptError, UnsupportedError
+
+IDS = [10, 20, 30, 40, 50, 60, 70]
+HEADS = [(0, 0), (2, 3), (3, 1)]
+DTYPE = "dtype" if transformers.__version__ >= "5" else "torch_dtype"
+
+
+def load(folder, keep="none", dtype="float32"):
+    memory = budgets(plan(folder, device="cpu", dtype=dtype))[keep]
+    return LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory)
+
+
+@pytest.fixture
+def model(checkpoint):
+    with load(checkpoint(tokenizer=True)) as model:
+        yield model
+
+
+def images(html):
+    """The SVG images in HTML, parsed: whatever a token's text is, they are well-formed."""
+    return [ET.fromstring(base64.b64decode(data)) for data in re.findall(r"base64,([\w+/=]+)", html)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_what_transformers_gives(checkpoint, kind, dtype):
+    folder = checkpoint(kind)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", **{DTYPE: torch.float32}
+    ).eval()
+    with load(folder, dtype=dtype) as model, torch.no_grad():
+        trace = model.trace(IDS, heads=HEADS, top_k=3)
+        own = model(torch.tensor([IDS]), output_hidden_states=True)
+        attentions = reference(torch.tensor([IDS]), output_attentions=True).attentions
+
+    probabilities = torch.softmax(own.logits[0].float(), dim=-1)
+    exact = dtype == torch.float32
+    likeliest = probabilities.gather(1, trace.top_ids[-1])
+    assert torch.allclose(trace.top_probabilities[-1], likeliest, rtol=1e-4 if exact else 0.1, atol=1e-6 if exact else 0.03)
+    if exact:
+        assert torch.equal(trace.top_ids[-1], probabilities.topk(3).indices)
+    assert trace.top_ids.shape == trace.top_probabilities.shape == (LAYERS, len(IDS), 3)
+
+    states = torch.stack(own.hidden_states)[:-1, 0].float()  # the last one is normed
+    assert torch.allclose(trace.norms[:-1], states.norm(dim=-1), rtol=1e-5)
+    assert trace.norms.shape == (LAYERS + 1, len(IDS))
+
+    assert list(trace.attention) == HEADS
+    for (layer, head), weights in trace.attention.items():
+        assert weights.shape == (len(IDS), len(IDS))
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(len(IDS)), atol=1e-5 if exact else 0.02)
+        assert torch.allclose(weights, attentions[layer][0, head], atol=1e-5 if exact else 0.2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_each_layers_guess_is_that_of_a_model_that_ends_there(checkpoint, kind):
+    with load(checkpoint(kind), "all") as model:
+        trace = model.trace(IDS)
+        layers = next(part for part in (getattr(model.base_model, name, None) for name in ("layers", "h")) if part is not None)
+        for index in range(LAYERS - 1, -1, -1):
+            del layers[index + 1 :]
+            model.config.num_hidden_layers = index + 1
+            expected = torch.softmax(model(torch.tensor([IDS]), use_cache=False).logits[0], dim=-1).topk(5)
+            assert torch.equal(trace.top_ids[index], expected.indices)
+            assert torch.allclose(trace.top_probabilities[index], expected.values, rtol=1e-4)
+
+
+def test_attention_of_a_model_that_was_loaded_eager(checkpoint):
+    """Its weights go through ``softmax``, and are seen there."""
+    with load(checkpoint()) as model:
+        expected = model.trace(IDS, heads=HEADS, top_k=0).attention
+        model.config._attn_implementation = "eager"
+        if transformers.__version__ < "4.48":  # the class was chosen when the model was made
+            pytest.skip("this version does not change it afterwards")
+        found = model.trace(IDS, heads=HEADS, top_k=0).attention
+        for head in HEADS:
+            assert torch.allclose(found[head], expected[head], atol=1e-6)
+
+
+def test_results_are_not_changed_by_looking(model):
+    ids = torch.tensor([IDS])
+    before = model(ids).logits
+    model.trace(IDS, heads=HEADS)
+    assert torch.equal(model(ids).logits, before)
+    assert not model._runtime.taps
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_what_was_generated_is_traced_too(model):
+    options = {"attention_mask": torch.ones(1, len(IDS), dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(torch.tensor([IDS]), pad_token_id=257, **options)[0].tolist()
+    trace = model.trace(IDS, max_new_tokens=4)
+    assert list(trace.ids) == expected
+    assert trace.prompt_tokens == len(IDS)
+    for position in range(len(IDS) - 1, len(expected) - 1):
+        assert trace.top_ids[-1, position, 0] == expected[position + 1]  # the last layer's first guess was taken
+
+
+def test_only_the_last_tokens(model):
+    whole, end = model.trace(IDS, heads=HEADS), model.trace(IDS, heads=HEADS, last=3)
+    assert end.first == 4
+    assert torch.equal(end.top_ids, whole.top_ids[:, 4:])
+    assert torch.equal(end.norms, whole.norms[:, 4:])
+    for head in HEADS:
+        assert torch.equal(end.attention[head], whole.attention[head][4:])
+    assert torch.allclose(end.top_probabilities, whole.top_probabilities[:, 4:])
+    for token, same in ((5, 5), (6, -1)):
+        assert [text for text, _ in end.guesses(1, token)] == [text for text, _ in whole.guesses(1, same)]
+    for token in (3, 7, -4):
+        with pytest.raises(IndexError, match="4 to 6"):
+            end.guesses(1, token)
+    end._repr_html_()
+
+
+def test_prompts_of_all_kinds(model):
+    expected = model.trace("Hello").top_ids
+    encoded = model.tokenizer("Hello", return_tensors="pt")
+    for prompt in (encoded, encoded["input_ids"], encoded["input_ids"][0], tuple(b"Hello")):
+        trace = model.trace(prompt)
+        assert torch.equal(trace.top_ids, expected)
+        assert trace.tokens == tuple("Hello")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said"),
+    [
+        ("", {}, "The prompt is empty."),
+        ([], {}, "The prompt is empty."),
+        (torch.zeros(2, 3, dtype=torch.long), {}, "There are 2 prompts."),
+        ([1, VOCABULARY], {}, f"no token {VOCABULARY}. Its tokens are 0 to {VOCABULARY - 1}."),
+        ([-1], {}, "no token -1"),
+        ([1] * 200, {}, "context of 128"),
+        ([1], {"heads": [(4, 0)]}, "There is no layer 4. The model has 4: 0 to 3."),
+        ([1], {"heads": [(1, 4)]}, "model.layers.1 has no head 4. It has 4: 0 to 3."),
+        ([1], {"heads": [(1, -1)]}, "no head -1"),
+        ([1], {"top_k": -1}, "top_k is -1."),
+        ([1], {"last": 0}, "last is 0."),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens is -1."),
+    ],
+)
+def test_bad_input(model, prompt, options, said):
+    with pytest.raises(AirLLMError, match=re.escape(said)):
+        model.trace(prompt, **options)
+    assert not model._runtime.taps
+    assert model.trace("still usable").tokens[0] == "s"
+
+
+def test_without_guesses(model):
+    trace = model.trace(IDS, top_k=0)
+    assert trace.top_ids.shape == (LAYERS, len(IDS), 0)
+    assert trace.norms.shape == (LAYERS + 1, len(IDS))
+    assert "Logit lens" not in trace._repr_html_()
+
+
+def test_a_head_that_computes_otherwise_is_refused(model):
+    """Rather than guesses that are not the model's."""
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, output: -output if output.dim() == 3 else output)  # of a pass
+    with pytest.raises(UnsupportedError, match="no logit lens"):
+        model.trace(IDS)
+    assert model.trace(IDS, top_k=0).norms.shape == (LAYERS + 1, len(IDS))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_attention_that_cannot_be_seen_is_refused(model, times):
+    """A layer that computes none, or several."""
+    hidden = torch.zeros(1, 4, 7, 16)
+
+    def instead(*_args, **_kwargs):
+        for _ in range(times):
+            torch.nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
+        return torch.zeros(1, 7, 64), None, None
+
+    model.base_model.layers[1].self_attn.forward = instead
+    with pytest.raises(UnsupportedError, match=r"model.layers.1 has no attention that could be seen"):
+        model.trace(IDS, heads=[(1, 0)])
+
+
+def test_layers_out_of_turn_are_refused(model):
+    first, second = model.base_model.layers[0], model.base_model.layers[1]
+    model.base_model.layers[0], model.base_model.layers[1] = second, first
+    with pytest.raises(UnsupportedError, match=r"model.layers.1 came out of its turn"):
+        model.trace(IDS)
+
+
+def test_edits_between_layers_are_seen(model):
+    with model.on_layer(lambda layer, hidden: hidden * 2 if layer.index == 1 else None):
+        edited = model.trace(IDS)
+    plain = model.trace(IDS)
+    assert torch.equal(edited.norms[:2], plain.norms[:2])
+    assert torch.allclose(edited.norms[2], 2 * plain.norms[2])
+
+
+def test_a_long_text_is_taken_in_pieces(model, monkeypatch):
+    """Logits of all tokens at once would be as large as the vocabulary times the text."""
+    whole = model.trace(IDS)
+    sizes = []
+    logits = lens.Lens.logits
+    monkeypatch.setattr(lens.Lens, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(lens, "CHUNK", 4 * VOCABULARY * 3)
+    trace = model.trace(IDS)
+    assert sizes == [3, 3, 1] * LAYERS + [1]
+    assert torch.equal(trace.top_ids, whole.top_ids)
+
+
+def test_an_interrupt_leaves_nothing(model):
+    count = []
+
+    def stop(_event):
+        count.append(1)
+        if len(count) == 6:
+            raise KeyboardInterrupt
+
+    model.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        model.trace(IDS, heads=HEADS)
+    model.progress = None
+    assert not model._runtime.taps
+    assert torch.overrides._len_torch_function_stack() == 0
+    model.trace(IDS, heads=HEADS)
+
+
+HOSTILE = b"<script>alert(1)</script>&'\"\n\t\x00\x1b]]>"
+
+
+def test_pictures_escape_what_the_tokens_say(model):
+    trace = model.trace(tuple(HOSTILE), heads=[(0, 0)])
+    trace.texts.update(dict.fromkeys(trace.top_ids.unique().tolist(), "<img src=x onerror='alert(1)'>"))
+    html = trace._repr_html_()
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert "&lt;" in html
+    assert len(images(html)) == 2
+    assert {element.tag.rpartition("}")[2] for image in images(html) for element in image.iter()} <= {
+        "svg", "text", "rect", "path", "polyline",
+    }  # fmt: skip
+
+
+def test_pictures_show_as_much_as_they_are_asked_for(model):
+    trace = model.trace([*range(65, 91)], heads=[(1, 1)])
+    html = trace.lens_picture(tokens=5, layers=2)._repr_html_()
+    assert html.count("<tr") == 1 + 2
+    assert html.count("<td") == 2 * 5
+    assert [f">{letter}<" in html for letter in "UVWXYZ"] == [False, True, True, True, True, True]
+    square = images(trace.attention_picture(1, 1, tokens=6)._repr_html_())[0]
+    assert len(square.findall("{*}rect")) == 2 * (6 * 7 // 2)
+    assert repr(trace.lens_picture()) == f"<airllm_nb: Logit lens of {model.name}>"
+    with pytest.raises(AirLLMError, match=re.escape("Ask for it: model.trace(prompt, heads=[(2, 0)]).")):
+        trace.attention_picture(2, 0)
+    assert repr(trace) == f"Trace({model.name}: 26 tokens, 4 layers, 1 heads)"
+
+
+def test_one_token_has_pictures_too(model):
+    assert len(images(model.trace([65], heads=[(0, 0)])._repr_html_())) == 2
+
+
+def test_columns_and_data_frame(model, monkeypatch):
+    trace = model.trace(IDS, top_k=2, last=3)
+    columns = trace.columns()
+    assert {len(column) for column in columns.values()} == {LAYERS * 3 * 2}
+    assert columns["position"][:6] == [4, 4, 5, 5, 6, 6]
+    assert columns["rank"][:4] == [0, 1, 0, 1]
+    assert columns["probability"][0] == pytest.approx(trace.top_probabilities[0, 0, 0].item())
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(AirLLMError, match="pandas is not installed"):
+        trace.to_pandas()
+
+
+def test_data_frame(model):
+    pytest.importorskip("pandas")
+    frame = model.trace(IDS).to_pandas()
+    assert list(frame.columns) == ["layer", "position", "token", "norm", "rank", "guess", "probability"]
+
+
+def test_a_checkpoint_without_tokenizer_has_numbers_for_texts(checkpoint):
+    with load(checkpoint("llama")) as model:
+        assert model.trace(IDS).tokens == tuple(map(str, IDS))
+        with pytest.raises(AirLLMError, match="no tokenizer"):
+            model.trace("text")
+
+
+def test_prompt_errors_are_prompt_errors(model):
+    with pytest.raises(PromptError):
+        model.trace([])
