@@ -183,7 +183,7 @@ def test_attention_that_cannot_be_seen_is_refused(model, times):
     def instead(*_args, **_kwargs):
         for _ in range(times):
             torch.nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
-        return torch.zeros(1, 7, 64), None, None
+        return (torch.zeros(1, 7, 64), None, None)[: 3 if transformers.__version__ < "4.48" else 2]
 
     model.base_model.layers[1].self_attn.forward = instead
     with pytest.raises(UnsupportedError, match=r"model.layers.1 has no attention that could be seen"):
