@@ -14,8 +14,9 @@ from torch import nn
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import keys, multimodal, versions
 from airllm_nb.engine import decoder_layers
-from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
+from airllm_nb.engine.checkpoint import Checkpoint, read_config
 from airllm_nb.engine.meta import empty_model
+from airllm_nb.engine.readable import AGAIN
 from airllm_nb.engine.reader import CHUNK
 from airllm_nb.engine.weights import ALIGN, Parameter, Place, WeightGroup
 from airllm_nb.errors import CheckpointError
