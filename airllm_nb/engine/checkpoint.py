@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from airllm_nb.engine.hub import INDEX, MAX_HEADER, SINGLE
-from airllm_nb.engine.readable import AGAIN, require_readable, without_waiting
+from airllm_nb.engine.readable import AGAIN, reading, require_readable, without_waiting
 from airllm_nb.errors import CheckpointError
 
 MOST_DIMENSIONS = 64
@@ -142,13 +142,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json.", "Name the folder that holds config.json and the .safetensors files of a model."
         )
-    return _json_object(path.read_bytes(), path.name)
+    with reading(path):
+        raw = path.read_bytes()
+    return _json_object(raw, path.name)
 
 
 def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
     """Return the names of the safetensors files, and the index (tensor name -> file name; empty for a single file)."""
     if (folder / INDEX).is_file() and not single:
-        index = _json_object((folder / INDEX).read_bytes(), INDEX).get("weight_map")
+        with reading(folder / INDEX):
+            raw = (folder / INDEX).read_bytes()
+        index = _json_object(raw, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise CheckpointError(f"{INDEX} has no usable weight_map.", AGAIN)
         names = sorted(set(index.values()))

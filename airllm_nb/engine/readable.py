@@ -6,8 +6,10 @@ absent: without its tokenizer_config.json a model gets other prompts, without a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from airllm_nb.errors import CheckpointError
@@ -35,16 +37,29 @@ def require_readable(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES):
-        try:
+        with reading(path):
             status = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).", AGAIN) from error
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path.name} is no file.", AGAIN)
         if status.st_size > MOST:
             raise CheckpointError(
                 f"{path.name} has {status.st_size} bytes, more than any such file needs ({MOST}): it is damaged.", AGAIN
             )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of an error of the disk which file it is, and what to do.
+
+    Raises
+    ------
+    CheckpointError
+        In place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).", AGAIN) from error
 
 
 def without_waiting(path: str | os.PathLike[str], flags: int = READ_ONLY) -> int:
