@@ -2,7 +2,10 @@
 
 import sys
 
+import guards
 import pytest
+
+guards.disable_as_asked()
 
 
 @pytest.fixture(scope="module")

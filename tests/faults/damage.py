@@ -14,17 +14,21 @@ ALL_JSON = ["config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "ge
 KINDS: dict[str, Callable] = {}
 OTHER_MODELS: set[str] = set()
 """Kinds after which the files may describe another model, as whole as the first: right is then what transformers computes."""
+NEVER_RIGHT: set[str] = set()
+"""Kinds that must be refused even if the answer would be right: what it is read from lies elsewhere."""
 JUNK = [None, True, False, -1, 0, 1.5, 10**9, 10**30, "", "x", [], {}, [1], {"a": 1}, float("nan"), float("inf")]
 """What may stand in a JSON file where something else should."""
 
 
-def kind(function=None, *, other_model=False):
+def kind(function=None, *, other_model=False, never_right=False):
     """Register a kind of damage."""
 
     def register(function):
         KINDS[function.__name__] = function
         if other_model:
             OTHER_MODELS.add(function.__name__)
+        if never_right:
+            NEVER_RIGHT.add(function.__name__)
         return function
 
     return register(function) if function else register

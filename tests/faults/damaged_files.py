@@ -83,9 +83,10 @@ def duplicate_keys(folder, rng, seed):
         write(path, raw.encode(), data)
         return
     path = folder / (INDEX if seed < 7 else "config.json")
-    content = json.loads(path.read_text())
-    key = rng.choice(sorted(content))
-    path.write_text(path.read_text()[:-1].rstrip().removesuffix("}") + f', "{key}": {json.dumps(content[key])}}}')
+    key = "weight_map" if seed < 7 else "rms_norm_eps"
+    first, second = ("{}", json.dumps(json.loads(path.read_text())[key])) if seed < 7 else ("1e-6", "0.5")
+    rest = path.read_text().rstrip().removesuffix("}")
+    path.write_text(f'{rest}, "{key}": {first}, "{key}": {second}}}')
 
 
 @kind

@@ -59,7 +59,7 @@ def header_of_many_entries(folder, rng, seed):
 def offsets_overlap(folder, rng, seed):
     def change(header, name):
         begin, end = header[name]["data_offsets"]
-        shift = rng.choice([-1, 1]) * (1 + 2 * seed)
+        shift = rng.choice([-1, 1]) * (1 + 2 * seed if seed % 2 else 128 * (1 + seed))  # odd bytes, or whole rows
         header[name]["data_offsets"] = [begin + shift, end + shift]
 
     change_header(folder, rng, change)
@@ -207,17 +207,20 @@ def index_is_none(folder, rng, seed):
         (folder / INDEX).write_text(json.dumps(content[seed]))
 
 
-@kind
+@kind(never_right=True)
 def path_traversal(folder, rng, seed):
-    (folder.parent / "outside.safetensors").write_bytes(shards(folder)[0].read_bytes())
+    """The index names files elsewhere; in three cases they are there, and hold what they should."""
+    path = rng.choice(shards(folder))
+    outside = folder.parent / "outside.safetensors"
     bad = [
-        "../outside.safetensors", str(folder.parent / "outside.safetensors"), "./../outside.safetensors", "", ".", "..", "a/b",
-        "\0", "x" * 300, f"{shards(folder)[0].name}/",
+        "../outside.safetensors", str(outside), "./../outside.safetensors", "", ".", "..", "a/b", "\0", "x" * 300, f"{path.name}/"
     ]  # fmt: skip
+    if seed < 3:
+        path.rename(outside)
 
     def change(index):
         tensors = index["weight_map"]
-        tensors[rng.choice(sorted(tensors))] = bad[seed]
+        index["weight_map"] = {name: bad[seed] if file == path.name else file for name, file in tensors.items()}
 
     change_json(folder / INDEX, change)
 

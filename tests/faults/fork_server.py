@@ -25,10 +25,12 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import guards
+
 HERE = Path(__file__).parent
 MOST_READ = 64 << 20
 MOST_MEMORY = 1 << 30
-PATIENCE = 60
+PATIENCE = int(os.environ.get("AIRLLM_NB_PATIENCE", "60"))
 LONGEST = 1000
 """Characters of a message that can still be called clear."""
 
@@ -43,15 +45,13 @@ class Server:
         or raises. `folder` is where it may write.
     folder : Path
         Given to `warm`.
-    disable : str, optional
-        The guard of `guards` to take away.
     """
 
-    def __init__(self, module: str, folder: Path, disable: str = "") -> None:
+    def __init__(self, module: str, folder: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         path = [str(HERE), str(HERE.parent), str(HERE.parents[1]), environment.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, module, str(folder), disable], stdin=subprocess.PIPE,
+            [sys.executable, "-W", "ignore", __file__, module, str(folder)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, env=environment | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
 
@@ -68,12 +68,11 @@ class Server:
         self.process.wait(PATIENCE)
 
 
-def _serve(module: str, folder: Path, disable: str) -> None:
+def _serve(module: str, folder: Path) -> None:
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed meanwhile must not get between the answers
+    guards.disable_as_asked()
     cases = importlib.import_module(module)
-    if disable:
-        importlib.import_module("guards").disable(disable)
     cases.warm(folder)
     for line in sys.stdin:
         name, seed = json.loads(line)
@@ -150,4 +149,4 @@ def _read() -> int:
 
 if __name__ == "__main__":
     sys.modules["fork_server"] = sys.modules[__name__]
-    _serve(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    _serve(sys.argv[1], Path(sys.argv[2]))

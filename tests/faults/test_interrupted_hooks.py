@@ -46,7 +46,8 @@ def positions():
 
     return {
         "pass": (Runtime, "run"), "pre": (_LayerHooks, "before"), "read": (WeightStream, "take"),
-        "compute": (LlamaMLP, "forward"), "post": (_LayerHooks, "after"), "release": (WeightStream, "give_back"), "sampling": (LogitsProcessorList, "__call__"),
+        "compute": (LlamaMLP, "forward"), "post": (_LayerHooks, "after"), "release": (WeightStream, "give_back"),
+        "sampling": (LogitsProcessorList, "__call__"),
     }  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 import threading
 
 import pytest
-import torch
 from counting import LINUX, Held, assert_same
 from tiny import budgets
 
-from airllm_nb import LayeredModel, plan
+from airllm_nb import plan
 from airllm_nb.notebook.renderers import SilentRenderer
 from airllm_nb.notebook.session import Session
 
@@ -32,8 +31,8 @@ def one(folder, keep):
 
 @pytest.fixture
 def large(checkpoint):
-    """A checkpoint of 60 MB in float32, so that one that stays is seen."""
-    return checkpoint("llama", tokenizer=True, hidden_size=512, intermediate_size=1408, shards="8MB")
+    """A checkpoint of 12 MB in float32, so that it is seen if it stays each time."""
+    return checkpoint("llama", tokenizer=True, hidden_size=256, intermediate_size=704, shards="2MB")
 
 
 def test_30_sessions_one_after_another(large):
@@ -86,16 +85,6 @@ def test_load_unload_load(large):
         assert answer(session, large, "half") == expected
         session.unload()
         assert_same(before)
-
-
-def test_forgotten_and_never_closed(large):
-    ids = torch.arange(5)[None]
-    memory = budgets(plan(large, **LOAD, memory="1TB"))["half"]
-    expected = LayeredModel.from_pretrained(large, memory=memory, **LOAD)(ids).logits
-    before = Held.now()
-    for _ in range(10):
-        assert torch.equal(LayeredModel.from_pretrained(large, memory=memory, **LOAD)(ids).logits, expected)
-    assert_same(before)
 
 
 def test_reloading_the_extension(large):
