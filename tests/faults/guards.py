@@ -70,7 +70,7 @@ GUARDS = {
         f"{ENGINE}.checkpoint", "stat.st_ctime_ns, stat.st_ino", "0, stat.st_ino", MEANWHILE, "rewritten_in_secret"
     ),
     "a short read is no read": Guard(
-        f"{ENGINE}.reader", 'raise changed(path, "was truncated")', "into[:] = bytes(len(into)); break", MEANWHILE, "truncated"
+        f"{ENGINE}.reader", 'raise changed(path, "was truncated")', "continue", MEANWHILE, "truncated"
     ),
     "sizes are those of a language model": Guard(
         "airllm_nb.compat.wellformed", "if name in raw and not (", "if False and not (", SETTINGS, "config_needs_much_memory"
