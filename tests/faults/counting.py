@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -37,7 +38,14 @@ class Held:
 
 
 def assert_same(before: Held) -> None:
-    """Wait until threads and descriptors are as before, and look at the memory."""
-    wait_for(lambda: Held.now().threads == before.threads and Held.now().descriptors == before.descriptors)
+    """Wait until there are no more threads and descriptors than before, and look at the memory."""
+
+    def none_is_left() -> bool:
+        now = Held.now()
+        return len(now.threads) <= len(before.threads) and now.descriptors <= before.descriptors
+
+    with contextlib.suppress(AssertionError):
+        wait_for(none_is_left, 5)
+    assert none_is_left(), f"{Held.now()} after {before}"
     grown = Held.now().memory - before.memory
     assert grown < SLACK, f"{grown / 1e6:.0f} MB more"
