@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_LONGEST = 600
+"""Characters of a cause; a damaged file can have names of any length."""
+
 
 class AirLLMError(Exception):
     """An expected failure: what went wrong, and what the user can do about it.
@@ -17,6 +20,7 @@ class AirLLMError(Exception):
     """
 
     def __init__(self, cause: str, remedy: str) -> None:
+        cause = _readable(cause)
         super().__init__(f"{cause} {remedy}")
         self.cause = cause
         self.remedy = remedy
@@ -24,6 +28,13 @@ class AirLLMError(Exception):
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: the lines that are shown in place of a traceback."""
         return [f"{type(self).__name__}: {self.cause}", f"  → {self.remedy}"]
+
+
+def _readable(text: str) -> str:
+    """Return a text that may hold names from a file so that it can be shown: of bearable length, with no control characters."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)
 
 
 class CheckpointError(AirLLMError):

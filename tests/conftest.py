@@ -7,9 +7,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run beside each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent / "compat"))
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from outcomes import pytest_terminal_summary  # noqa: F401  # a hook
 
 from airllm_nb.notebook.interrupts import free_logging
 

@@ -49,6 +49,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = _read(folder / "tokenizer_config.json")
+        _check_template(config.get("chat_template"))
         file = folder / _file_name(config)
         tokenizer = _transformers_own(folder, file, config, trust_remote_code=trust_remote_code)
         fast = isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
@@ -63,6 +64,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             "Install what it names, or fetch the tokenizer's files again.",
         ) from error
     return tokenizer
+
+
+def _check_template(template: Any) -> None:
+    """Refuse what is no chat template: some versions take it for none, and then the model gets other prompts."""
+    named = isinstance(template, list) and template and all(isinstance(one, dict) for one in template)
+    if not (template is None or isinstance(template, str) or named):
+        raise CheckpointError(
+            f"tokenizer_config.json has a chat_template that is none: {json.dumps(template)[:40]}.",
+            "Fetch the tokenizer's files again.",
+        )
 
 
 def _transformers_own(folder: Path, file: Path, config: Step, *, trust_remote_code: bool) -> Any:

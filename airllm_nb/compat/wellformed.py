@@ -14,6 +14,8 @@ from typing import Any
 from airllm_nb.compat.versions import Raw
 
 OBJECTS = ("text_config", "rope_scaling", "rope_parameters", "quantization_config", "auto_map")
+IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+"""Which code computes a part. transformers fetches one of the name org/name from the hub, and runs it."""
 MOST = 10_000
 """More layers or heads than any model has."""
 COUNTED = ((re.compile(r"\w*(layers?|blocks)"), MOST), (re.compile(r"\w*experts?"), 100_000))
@@ -50,6 +52,8 @@ def _wrong_types(raw: Raw) -> Iterator[str]:
         if not isinstance(raw.get(name), dict | None):
             yield _fault(name, raw[name], "an object or null")
     for name, value in raw.items():
+        if IMPLEMENTATIONS.fullmatch(name) and "/" in json.dumps(value):
+            yield _fault(name, value, "one that transformers has: code from the hub is not run unasked")
         if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
             yield from _wrong_rope(name, value)
         if name.endswith("_config") and isinstance(value, dict):

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from airllm_nb.engine.hub import INDEX, MAX_HEADER, SINGLE
+from airllm_nb.engine.readable import AGAIN, reading, require_readable, without_waiting
 from airllm_nb.errors import CheckpointError
 
-AGAIN = "Fetch or copy the checkpoint again, then load it again."
+MOST_DIMENSIONS = 64
+"""PyTorch's own limit. The number of elements of a shape with a million dimensions takes minutes to calculate."""
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -81,6 +83,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.folder = folder
         self.states: dict[Path, FileState] = {}
         self._entries: dict[str, TensorEntry] = {}
+        require_readable(folder)
         # Where a folder has both, transformers takes the single file.
         names, index = _files(folder, single=(folder / SINGLE).is_file() if headers is None else SINGLE in headers)
         for name in names:
@@ -139,18 +142,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json.", "Name the folder that holds config.json and the .safetensors files of a model."
         )
-    return _json_object(path.read_bytes(), path.name)
+    with reading(path):
+        raw = path.read_bytes()
+    return _json_object(raw, path.name)
 
 
 def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
     """Return the names of the safetensors files, and the index (tensor name -> file name; empty for a single file)."""
     if (folder / INDEX).is_file() and not single:
-        index = _json_object((folder / INDEX).read_bytes(), INDEX).get("weight_map")
+        with reading(folder / INDEX):
+            raw = (folder / INDEX).read_bytes()
+        index = _json_object(raw, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise CheckpointError(f"{INDEX} has no usable weight_map.", AGAIN)
         names = sorted(set(index.values()))
         for name in names:
-            if Path(name).name != name:  # "../elsewhere" or an absolute path
+            if Path(name).name != name or "\0" in name:  # "../elsewhere" or an absolute path
                 raise CheckpointError(f"{INDEX} names a file outside the checkpoint: {name!r}.", AGAIN)
         return names, index
     pickles = [] if single else sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
@@ -165,7 +172,7 @@ def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
 def _read_header(path: Path) -> tuple[bytes, FileState]:
     """Read the length and the header of a file, and what the file is now."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=without_waiting) as file:  # Path.open takes no opener
             state = FileState.of(path.stat())  # by name, as it is checked later
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -202,7 +209,7 @@ def parse_header(raw: bytes, size: int, path: Path) -> list[TensorEntry]:
     for name, info in header.items():
         try:
             dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            whole = len(shape) <= MOST_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:

@@ -71,6 +71,11 @@ def empty_model(config: Any, dtype: torch.dtype, folder: Path, *, trust_remote_c
         ) from error
     finally:
         torch.random.set_rng_state(rng)
+    if getattr(model.config, "is_encoder_decoder", False):  # models with both that can go without take it back
+        raise UnsupportedError(
+            "config.json says that this model has an encoder, and it is a causal language model without one.",
+            "Fetch the checkpoint again, or correct is_encoder_decoder by the model's page on the hub.",
+        )
     _load_generation_config(model, folder)
     return model.eval()
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from airllm_nb.engine.checkpoint import Checkpoint, FileState
 from airllm_nb.engine.page_cache import Residue
+from airllm_nb.engine.readable import without_waiting
 from airllm_nb.errors import AirLLMError, CheckpointError
 
 CHUNK = 8 << 20
@@ -102,7 +103,7 @@ class Reader:
     def _open(self, path: Path) -> _File:
         with self._lock:
             if path not in self._files:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+                descriptor = without_waiting(path)
                 try:
                     self._files[path] = _File(descriptor, Residue(descriptor), threading.Lock())
                 except BaseException:

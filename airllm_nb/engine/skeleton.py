@@ -14,8 +14,9 @@ from torch import nn
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import keys, multimodal, versions
 from airllm_nb.engine import decoder_layers
-from airllm_nb.engine.checkpoint import AGAIN, Checkpoint, read_config
+from airllm_nb.engine.checkpoint import Checkpoint, read_config
 from airllm_nb.engine.meta import empty_model
+from airllm_nb.engine.readable import AGAIN, reading
 from airllm_nb.engine.reader import CHUNK
 from airllm_nb.engine.weights import ALIGN, Parameter, Place, WeightGroup
 from airllm_nb.errors import CheckpointError
@@ -209,7 +210,7 @@ def _same_bytes(checkpoint: Checkpoint, one: keys.Recipe, other: keys.Recipe) ->
         return False
     if not checkpoint.states:  # planning from headers alone
         return True
-    with first.file.open("rb") as left, second.file.open("rb") as right:
+    with reading(first.file), first.file.open("rb") as left, second.file.open("rb") as right:
         left.seek(first.offset)
         right.seek(second.offset)
         return all(
