@@ -174,7 +174,7 @@ class Session:
         renderer, write : optional
             What draws this run, and what takes its text, in place of the session's own.
         **sampling
-            See `airllm_nb.notebook.decoding.Sampling`.
+            See `airllm_nb.engine.decoding.Sampling`.
 
         Raises
         ------
@@ -185,8 +185,8 @@ class Session:
         """
         with self._alone():
             model = self.model
-            from airllm_nb.notebook import prompts
-            from airllm_nb.notebook.decoding import Sampling
+            from airllm_nb.engine import prompts
+            from airllm_nb.engine.decoding import Sampling
             from airllm_nb.notebook.generation import Run
 
             def make() -> Run:
@@ -228,7 +228,7 @@ class Session:
         """
         with self._alone():
             model = self.model
-            from airllm_nb.notebook.decoding import Sampling
+            from airllm_nb.engine.decoding import Sampling
 
             def make() -> Run:
                 return self.conversation.turn(model, prompt, system, Sampling(**sampling))
