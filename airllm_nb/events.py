@@ -177,7 +177,10 @@ class BatchBegin(Event):
 
 @dataclass(frozen=True)
 class BatchEnd(Event):
-    """A batch is over; `texts` are its answers by the prompt's index, fewer than there were rows if it was interrupted."""
+    """A batch is over; `texts` are its answers by the prompt's index, fewer than there were rows if it was interrupted.
+
+    The first may come without a `BatchBegin`: with what was in the file of results.
+    """
 
     seconds: float
     texts: dict[int, str]

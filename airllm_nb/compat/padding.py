@@ -9,7 +9,9 @@ from airllm_nb.compat.config import field, text_config
 from airllm_nb.compat.versions import rope_type
 
 PADDED = frozenset((
-    "TODO",
+    "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+    "gpt2", "gpt_neox", "gpt_oss", "granite", "internlm3", "llama", "llama4_text", "mistral", "mixtral", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 ))  # fmt: skip
 """Types of models whose padded rows were compared with the rows alone: logits and texts, on every version in `TESTED`.
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +90,8 @@ def map_prompts(
     if batch != "auto" and not (type(batch) is int and batch > 0):
         raise PromptError(f"The batch is {batch!r}.", 'Use "auto", or a number from 1 up.')
     with quiet(), _listening(model, progress):
-        rows = _encode(model, prompts, system, max_new_tokens, raw=raw)
+        texts = enumerate(as_texts(prompts))
+        rows = [_encode(model, index, text, system, max_new_tokens, raw=raw) for index, text in texts]
         file = None if results is None else Results(results, _keys(model, rows, sampling))
         return _answer(model, rows, sampling, batch, file)
 
@@ -109,6 +110,8 @@ def _answer(
             again = {index: found for index in group if index not in texts}
             _keep(file, again)
             texts |= again
+    if texts:
+        model._runtime.emit(BatchEnd(0.0, dict(texts), done=len(texts), computed=0, total=len(rows)))  # noqa: SLF001
     groups = [group for group in equal.values() if group[0] not in texts]
     groups.sort(key=lambda group: -len(rows[group[0]]))
     computed = 0
@@ -188,23 +191,34 @@ class _Rows:
         return text[: min((text.find(stop) for stop in self._sampling.stop if stop in text), default=len(text))]
 
 
-def _encode(model: LayeredModel, texts: Iterable[str], system: str | None, new: int, *, raw: bool) -> list[list[int]]:
-    """Turn prompts into ids; an error says which of them it is."""
-    if isinstance(texts, str):
-        raise PromptError("The prompts are one text.", "Put it into a list, or read its lines with text.splitlines().")
-    rows = []
+def as_texts(prompts: Iterable[str]) -> list[str]:
+    """Return prompts as a list.
+
+    Raises
+    ------
+    PromptError
+        If they are something else: one text, a whole table, or with a number among them.
+    """
+    if isinstance(prompts, str):
+        raise PromptError("The prompts are one text.", "Put it into a list, or take its lines with .splitlines().")
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns") or not hasattr(prompts, "__iter__"):
+        raise PromptError(f"The prompts are a {type(prompts).__name__}.", "Give a list of texts, or one column of a table.")
+    texts = list(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise PromptError(
-                f"Prompt {index} (from 0 on) is no text, but {type(text).__name__}: {text!r}.",
-                "Leave it out, or say it in words.",
-            )
-        try:
-            rows.append(prompts.encode(model, text, system, raw=raw))
-            require_fit(model.name, model.context_length, len(rows[-1]), new)
-        except PromptError as error:
-            raise PromptError(f"Prompt {index} (from 0 on): {error.cause}", error.remedy) from error
-    return rows
+            cause = f"Prompt {index} (from 0 on) is no text, but {type(text).__name__}: {text!r}."
+            raise PromptError(cause, "Leave it out, or say it in words.")
+    return texts
+
+
+def _encode(model: LayeredModel, index: int, text: str, system: str | None, new: int, *, raw: bool) -> list[int]:
+    """Turn a prompt into ids; an error says which of them it is."""
+    try:
+        ids = prompts.encode(model, text, system, raw=raw)
+        require_fit(model.name, model.context_length, len(ids), new)
+    except PromptError as error:
+        raise PromptError(f"Prompt {index} (from 0 on): {error.cause}", error.remedy) from error
+    return ids
 
 
 def _keys(model: LayeredModel, rows: Sequence[list[int]], sampling: Sampling) -> list[str]:
