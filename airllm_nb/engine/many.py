@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 
-from airllm_nb.compat import padding
+from airllm_nb.compat import dynamic, padding
 from airllm_nb.compat.config import field, quiet, text_config
 from airllm_nb.engine import decoding, memory, prompts
 from airllm_nb.engine.checkpoint import Checkpoint
@@ -164,6 +164,7 @@ class _Rows:
             "pad_token_id": decoding.pad_id(self._model),
             "stopping_criteria": [self],
         }
+        dynamic.forget(self._model)
         runtime = self._model._runtime  # noqa: SLF001
         before = runtime.passes
         with _seeded(seed), decoding.refusals(self._model, lambda: runtime.passes > before):
@@ -239,7 +240,7 @@ def _batches(model: LayeredModel, lengths: Sequence[int], new: int, asked: int |
     begin = 0
     while begin < len(lengths):
         most = asked if isinstance(asked, int) else _rows_that_fit(model, lengths[begin], new)
-        end = min(begin + most, len(lengths))
+        end = min(begin + padding.rows(model, most), len(lengths))
         if not padding.exact(model, lengths[begin] + new):
             end = next((at for at in range(begin, end) if lengths[at] != lengths[begin]), end)
         yield slice(begin, end)
