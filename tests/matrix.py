@@ -29,7 +29,7 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = ["compat", "engine/test_parity.py", "engine/test_experts.py", "notebook/test_doctor.py"]
+CHECKS = ["compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_many.py", "notebook/test_doctor.py"]
 CACHES = ["notebook/test_conversation.py", "notebook/test_continue.py"]
 """Where KV caches are taken up again: on the oldest and on the last of version 4, whose caches differ; pytest has the newest."""
 WITH_CACHES = ("4.43.4", "4.57.6")
@@ -42,6 +42,7 @@ ON_COLAB = [
     "device_selector",
     "kernel",
     "magics",
+    "map",
     "model_chooser",
     "panel",
     "progress",
