@@ -17,6 +17,7 @@ from airllm_nb.errors import AirLLMError
 
 PAGE = 4096
 DIGITS = 16  # hexadecimal, of each hash
+START = b'{"index": '
 PARTS = ("model", "settings", "prompt")
 
 
@@ -76,6 +77,8 @@ class Results:
                 for number, line in enumerate(lines, 1):
                     index, text = self._parse(number, line)
                     self.found.setdefault(index, text)
+                if not unfinished.startswith(START[: len(unfinished)]):  # a file of somebody else's, which is not to be cut
+                    self._parse(len(lines) + 1, b"")
                 if unfinished:
                     file.truncate(file.tell() - len(unfinished))
         except OSError as error:

@@ -306,7 +306,7 @@ def test_a_file_of_something_else_is_refused_and_not_touched(model, families, fi
         assert file.read_bytes() == before
     with pytest.raises(ResultsError, match="another model"):
         families("mistral").map(PROMPTS, **options)
-    for text in ("hello\n", '{"index": 0}\n', '{"index": "0", "key": "a-b-c", "text": ""}\n', "[]\n", "\n", "\xff\n"):
+    for text in ("hello\n", '{"index": 0}\n', '{"index": "0", "key": "a-b-c", "text": ""}\n', "[]\n", "\n", "\xff\n", "my notes", '{"a": 1}'):
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(ResultsError, match="Line 1 .* is no result"):
             model.map(PROMPTS, **options)
