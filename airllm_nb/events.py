@@ -5,6 +5,7 @@ A listener is any ``callable(event)``. It is called synchronously, so it should 
     Fetching* LoadBegin (LayerRead LayerReady)* LoadEnd
     (PassBegin (ComputeBegin ComputeEnd)* PassEnd)*
 
+``LayeredModel.map`` puts a ``BatchBegin`` before the passes of each batch, and a ``BatchEnd`` after them.
 ``MemoryShort`` may come before any ``PassBegin`` or, where layers stream, ``ComputeBegin``.
 
 For a layer that streams, ``LayerRead`` and ``LayerReady`` arrive from the engine's *reading thread*, ahead of the layer's
@@ -157,6 +158,35 @@ class ComputeEnd(Event):
     nbytes: int
     seconds: float
     source: Source
+
+
+@dataclass(frozen=True)
+class BatchBegin(Event):
+    """The next `rows` prompts of a map are about to be answered together, with up to `tokens` new tokens each.
+
+    ``done`` of the `total` prompts have an answer, of which `computed` in this call: the others were in the file of results, or
+    are the same prompt again.
+    """
+
+    rows: int
+    tokens: int
+    done: int
+    computed: int
+    total: int
+
+
+@dataclass(frozen=True)
+class BatchEnd(Event):
+    """A batch is over; `texts` are its answers by the prompt's index, fewer than there were rows if it was interrupted.
+
+    The first may come without a `BatchBegin`: with what was in the file of results.
+    """
+
+    seconds: float
+    texts: dict[int, str]
+    done: int
+    computed: int
+    total: int
 
 
 Listener = Callable[[Event], object]

@@ -29,12 +29,9 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = [
-    "compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_taps.py", "engine/test_trace.py",
-    "notebook/test_doctor.py",
-]  # fmt: skip
-CACHES = ["notebook/test_conversation.py", "notebook/test_continue.py"]
-"""Where KV caches are taken up again: on the oldest and on the last of version 4, whose caches differ; pytest has the newest."""
+CHECKS = ["compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_many.py", "notebook/test_doctor.py"]
+CACHES = ["engine/test_taps.py", "engine/test_trace.py", "notebook/test_conversation.py", "notebook/test_continue.py"]
+"""What depends on how layers are called and KV caches kept: on the oldest and the last of version 4, which differ in it."""
 WITH_CACHES = ("4.43.4", "4.57.6")
 SKIPPED = ["-k", "not test_at_random_moments"]  # between which bytecodes an interrupt hits is not a matter of the version
 NOTEBOOK = TESTS.parent / "notebooks" / "03_version_compat.ipynb"
@@ -45,6 +42,7 @@ ON_COLAB = [
     "device_selector",
     "kernel",
     "magics",
+    "map",
     "model_chooser",
     "panel",
     "progress",

@@ -14,7 +14,7 @@ import torch
 from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.engine import context, hub, threads
+from airllm_nb.engine import context, hub, many, threads
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.freeing import free
@@ -184,6 +184,7 @@ class LayeredModel:
         return self._hf(*args, **kwargs)
 
     forward = __call__
+    map = many.map_prompts
 
     # What can be seen of it
 

@@ -189,13 +189,13 @@ def _plan_experts(stacks: Sequence[expert_stacks.ExpertStack], budget: int, conf
     )
 
 
-def cache_nbytes(config: Any, layers: int, dtype: torch.dtype) -> int:
-    """Estimate the KV cache of one conversation: keys and values of each layer, KV head and token."""
+def cache_nbytes(config: Any, layers: int, dtype: torch.dtype, tokens: int | None = None) -> int:
+    """Estimate a KV cache: keys and values of each layer, KV head and token; of a conversation, if `tokens` are not given."""
     text = text_config(config)
     heads = field(text, "num_attention_heads") or 1
     kv_heads = field(text, "num_key_value_heads") or heads
     width = field(text, "head_dim") or (field(text, "hidden_size") or 4096) // heads
-    tokens = min(field(text, "max_position_embeddings") or CACHED_TOKENS, CACHED_TOKENS)
+    tokens = tokens or min(field(text, "max_position_embeddings") or CACHED_TOKENS, CACHED_TOKENS)
     return 2 * layers * kv_heads * width * tokens * dtype.itemsize
 
 

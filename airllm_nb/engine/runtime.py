@@ -57,7 +57,7 @@ class Runtime:
         self._layers = [_LayerHooks(self, layer, info) for layer, info in zip(layers, plan.layers, strict=True)]
         self._hooked: tuple[Plan, bool] | None = None
         self._pending: tuple[Plan, MemoryShort] | None = None
-        self._passes = 0
+        self.passes = 0
         self._hook_layers()
 
     def emit(self, event: Any) -> None:
@@ -82,7 +82,7 @@ class Runtime:
             self.recover()
             self.relieve()
             self._hook_layers()
-            index, self._passes = self._passes, self._passes + 1
+            index, self.passes = self.passes, self.passes + 1
             restore = cache.snapshot(past) if self.keeps_cache else None
             begin = time.perf_counter()
             completed = False

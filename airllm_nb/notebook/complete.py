@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from airllm_nb.notebook.options import CELL, VERBS
 
 
-def complete(_shell: Any, event: Any) -> list[str]:
+def complete(shell: Any, event: Any) -> list[str]:
     """Return what could stand at the cursor: IPython's ``complete_command`` hook.
 
     `event.symbol` is what IPython will replace; it may be only the end of a word (``:`` and ``=`` separate).
     """
     *before, word = event.text_until_cursor.split(" ")
-    candidates = _candidates([text for text in before if text], word)
+    candidates = _candidates([text for text in before if text], word, shell.user_ns)
     kept = len(word) - len(event.symbol)
     return [text[kept:] for text in candidates if text.startswith(word)]
 
 
-def _candidates(before: list[str], word: str) -> list[str]:
+def _candidates(before: list[str], word: str, names: Mapping[str, Any]) -> list[str]:
     magic, *arguments = before
     parser = CELL
     if not magic.startswith("%%"):
-        if not arguments:
-            return list(VERBS)
-        if arguments[0] not in VERBS:
-            return []
+        if not arguments or arguments[0] not in VERBS:
+            return [] if arguments else list(VERBS)
         parser = VERBS[arguments[0]]
     option, equals, _ = word.partition("=")
     if equals:
@@ -38,8 +37,9 @@ def _candidates(before: list[str], word: str) -> list[str]:
         return values
     if word.startswith("-") or parser is CELL:
         return parser.words
-    takes_model = parser.words and not any(text for text in arguments[1:] if not text.startswith("-"))
-    return [*(["demo", *_cached(), *_folders(word)] if takes_model else []), *parser.words]
+    if not parser.words or any(text for text in arguments[1:] if not text.startswith("-")):
+        return parser.words
+    return [*(_prompts(names) if parser is VERBS["map"] else ["demo", *_cached(), *_folders(word)]), *parser.words]
 
 
 def models() -> list[str]:
@@ -55,6 +55,19 @@ def _cached() -> list[str]:
     files = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/*.safetensors")
     folders = {file.parents[2].name for file in files if (file.parent / "config.json").exists()}
     return sorted(name.removeprefix("models--").replace("--", "/") for name in folders)
+
+
+def _prompts(names: Mapping[str, Any]) -> list[str]:
+    """Name the variables that may hold prompts: lists, tuples, and columns of tables; and the files beside the notebook."""
+    held = [
+        name if isinstance(value, (list, tuple)) else f"{name}.{column}"
+        for name, value in names.items()
+        if not name.startswith("_")
+        for column in ([""] if isinstance(value, (list, tuple)) else getattr(value, "columns", ()))
+        if not column or str(column).isidentifier()
+    ]
+    files = [path.name for suffix in ("txt", "jsonl") for path in Path().glob(f"*.{suffix}") if " " not in path.name]
+    return [*sorted(held), *sorted(files)]
 
 
 def _values(option: str) -> list[str]:

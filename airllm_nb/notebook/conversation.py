@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from airllm_nb import LayeredModel
-    from airllm_nb.notebook.decoding import Sampling
+    from airllm_nb.engine.decoding import Sampling
     from airllm_nb.notebook.turns import Turn
 
 

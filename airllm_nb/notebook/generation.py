@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from airllm_nb.compat import cache
+from airllm_nb.engine import decoding
 from airllm_nb.errors import PromptError
 from airllm_nb.events import Event, PassBegin
-from airllm_nb.notebook import decoding, randomness
+from airllm_nb.notebook import randomness
 from airllm_nb.notebook.progress import Progress, Renderer
 from airllm_nb.notebook.run_state import Ended, RunState
 from airllm_nb.notebook.streaming import TextStream, Unseen
@@ -232,7 +233,7 @@ class Run:
             progress(event)
 
         self.model.progress = listen
-        with decoding.refusals(self.model, progress):
+        with decoding.refusals(self.model, lambda: progress.state.passes_begun):
             self.model.generate(**self._options(stream))
         stream.end()
 

@@ -13,7 +13,8 @@ from traitlets import Enum, TraitError, Unicode
 
 from airllm_nb.compat import versions
 from airllm_nb.errors import AirLLMError
-from airllm_nb.notebook import options
+from airllm_nb.notebook import options, sources
+from airllm_nb.notebook.answers import MapInterrupted
 from airllm_nb.notebook.children import run_printing
 from airllm_nb.notebook.complete import complete
 from airllm_nb.notebook.imports import import_engine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from IPython.core.interactiveshell import InteractiveShell
 
+    from airllm_nb.notebook.answers import Answers
     from airllm_nb.notebook.progress import Renderer
 
 COMMANDS = ("%airllm", "%%airllm")
@@ -51,15 +53,15 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_magic("airllm")  # type: ignore[untyped-decorator]
-    def line(self, line: str) -> None:
+    def line(self, line: str) -> Answers | None:
         """Show `options.HELP`: see below."""
         words = options.split(line, self.shell.user_ns)
         if not words:
             self._open()
-            return
+            return None
         if words[0] in ("-h", "--help", "help"):
             print(options.HELP)
-            return
+            return None
         verb, *rest = words
         if verb not in options.VERBS:
             near = difflib.get_close_matches(verb, options.VERBS, 1)
@@ -68,8 +70,9 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         parser = options.VERBS[verb]
         if "-h" in rest or "--help" in rest:
             print(parser.format_help())
-            return
-        getattr(self, f"_{verb}")(parser.parse_args(rest))
+            return None
+        result: Answers | None = getattr(self, f"_{verb}")(parser.parse_args(rest))
+        return result
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @cell_magic("airllm")  # type: ignore[untyped-decorator]
@@ -126,6 +129,27 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
     def _continue(self, _: argparse.Namespace) -> None:
         answer, output = self._output
         self._show(self.session.proceed, output if answer is self.session.answer else None)
+
+    def _map(self, arguments: argparse.Namespace) -> Answers:
+        """Answer many prompts; the result is the value of the line, so that a notebook shows it."""
+        settings = vars(arguments)
+        output = settings.pop("output")
+        settings["stop"] = tuple(settings["stop"])
+        prompts = sources.prompts(settings.pop("prompts"), self.shell.user_ns)
+
+        def keep(answers: Answers) -> Answers:
+            self.shell.user_ns["_airllm"] = answers
+            if output:
+                self.shell.user_ns[output] = answers
+            if self._display_kind() != "widget":
+                print(answers)
+            return answers
+
+        try:
+            return keep(self.session.map(prompts, **settings))
+        except MapInterrupted as stop:
+            keep(stop.answers)
+            raise
 
     def _unload(self, _: argparse.Namespace) -> None:
         was_loaded = self.session.loaded

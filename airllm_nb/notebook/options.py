@@ -20,6 +20,8 @@ Examples
     %airllm load demo
     %airllm load HuggingFaceTB/SmolLM2-135M-Instruct --device cpu --memory 400MB
 
+    %airllm map questions --results answers.jsonl -o answers
+
     %%airllm --max-new-tokens 64 -o answer
     What is the capital of France?
 
@@ -72,6 +74,26 @@ def _model_parser(verb: str, description: str, **model: Any) -> Parser:
 def _cell_parser() -> Parser:
     usage = "%%%%airllm [options]\n       prompt, as many lines as it needs"
     parser = Parser("%%airllm", "Run the loaded model on the cell; the text is written as it comes.", usage)
+    _sampling_options(parser)
+    return parser
+
+
+def _map_parser() -> Parser:
+    parser = Parser("%airllm map", "Answer many prompts: each pass over the layers serves a whole batch of them.")
+    parser.add_argument("prompts", metavar="PROMPTS", help="a variable (a list, or a column such as df.question), or a file: a "
+                        "prompt on each line, in a .jsonl file as JSON")  # fmt: skip
+    parser.option(
+        "--results", metavar="FILE", help="append each batch's answers to this file; the same line again goes on from it"
+    )
+    parser.option(
+        "--batch", metavar="N", type=_batch, default="auto", help='most prompts at once; "auto" by the memory that is left'
+    )
+    _sampling_options(parser)
+    return parser
+
+
+def _sampling_options(parser: Parser) -> None:
+    """Add what says how to answer, and where to put it."""
     parser.option("--max-new-tokens", type=int, default=256, metavar="N", help="longest text, in tokens (256)")
     parser.option("--temperature", type=float, default=0.0, metavar="T",
                   help="0: the most likely token every time (the default); above 0: sample")  # fmt: skip
@@ -85,7 +107,6 @@ def _cell_parser() -> Parser:
     parser.option("--lens", action="store_true",
                   help="then show what each layer would have said: one more pass; it leaves `_airllm_trace`")  # fmt: skip
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
-    return parser
 
 
 def _bench_parser() -> Parser:
@@ -103,6 +124,12 @@ def _unescape(text: str) -> str:
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
+def _batch(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 up")
+    return text if text == "auto" else int(text)
+
+
 def _identifier(text: str) -> str:
     if not text.isidentifier() or keyword.iskeyword(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a variable")
@@ -112,6 +139,7 @@ def _identifier(text: str) -> str:
 VERBS: dict[str, Parser] = {
     "load": _model_parser("load", "Load a model; the one that is loaded is freed first."),
     "continue": Parser("%airllm continue", "Go on with the last text, if it was stopped or cut by --max-new-tokens."),
+    "map": _map_parser(),
     "unload": Parser("%airllm unload", "Free the model and its memory."),
     "status": Parser("%airllm status", "Show the loaded model, where it computes and why, and which layers stay in memory."),
     "devices": Parser("%airllm devices", "Show the devices of this machine; where one cannot be used, why."),
@@ -126,7 +154,7 @@ VERBS: dict[str, Parser] = {
 for _verb in ("load", "plan"):
     VERBS[_verb].option("--kernels", choices=("exact", "measured"), default="exact",
                         help="measured: one row by this CPU's fastest kernel; last bits are not transformers' own")  # fmt: skip
-WORDS = {"load": " MODEL", "plan": " MODEL", "doctor": " [MODEL]", "bench": " [ROW ...]"}
+WORDS = {"load": " MODEL", "map": " PROMPTS", "plan": " MODEL", "doctor": " [MODEL]", "bench": " [ROW ...]"}
 CELL = _cell_parser()
 
 SUMMARY = "Run a language model layer by layer; it need not fit in memory.\n\n" + "\n".join(
@@ -135,7 +163,7 @@ SUMMARY = "Run a language model layer by layer; it need not fit in memory.\n\n" 
 HELP = "\n\n".join(
     [
         SUMMARY,
-        *(parser.format_help().strip() for parser in (VERBS["load"], CELL)),
+        *(parser.format_help().strip() for parser in (VERBS["load"], VERBS["map"], CELL)),
         EXAMPLES,
     ]
 )

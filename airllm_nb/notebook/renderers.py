@@ -74,7 +74,8 @@ class TextRenderer:
             if self._bar is None:
                 # `disable=None` keeps it out of files and pipes; Progress sets the pace.
                 self._bar = tqdm(total=100, bar_format="{desc} |{bar:30}|", leave=False, disable=None, delay=1e-9)
-            self._bar.n = round(100 * (state.fraction if state.kind in ("opening", "load") else state.pass_fraction))
+            part = state.fraction if state.kind in ("opening", "load") or state.batches else state.pass_fraction
+            self._bar.n = round(100 * (state.batches.fraction(part) if state.batches else part))
             self._bar.set_description_str(strip.headline(state))
 
     def before_text(self) -> None:

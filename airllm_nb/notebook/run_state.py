@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from airllm_nb.events import (
+    BatchBegin,
+    BatchEnd,
     ComputeBegin,
     ComputeEnd,
     Event,
@@ -20,6 +22,7 @@ from airllm_nb.events import (
     PassBegin,
     PassEnd,
 )
+from airllm_nb.notebook.batches import Batches
 from airllm_nb.notebook.summary import LayerTotals
 from airllm_nb.notebook.timeline import Recorder
 
@@ -124,6 +127,7 @@ class RunState:
         self.decode_seconds = 0.0
         self.loaded_layers = 0
         self.loaded_nbytes = 0
+        self.batches: Batches | None = None  # of a map
         self.note = ""  # what the user should know, in words
         self.layers = [LayerState(info, "resident" if info.resident else "waiting") for info in layers]
         self.recent: collections.deque[PassTime] = collections.deque(maxlen=RECENT_PASSES)  # of the present kind
@@ -137,6 +141,8 @@ class RunState:
             LoadBegin: self._load_begin,
             LoadEnd: self._load_end,
             MemoryShort: self._memory_short,
+            BatchBegin: self._batch_begin,
+            BatchEnd: self._batch_end,
             PassBegin: self._pass_begin,
             PassEnd: self._pass_end,
             LayerRead: self._layer_read,
@@ -175,10 +181,10 @@ class RunState:
         if self.kind == "load":
             wanted = sum(layer.info.resident for layer in self.layers)
             return self.loaded_layers / wanted if wanted else 1.0
-        if self.kind == "opening":
+        if self.kind == "opening" and self.batches is None:
             done, total = (sum(sizes) for sizes in zip((0, 0), *self.files.values(), strict=True))
             return done / total if total else 0.0
-        return min(1.0, (self.passes_begun - 1 + self.pass_fraction) / self.tokens_wanted)
+        return min(1.0, (self.passes_begun - 1 + self.pass_fraction) / self.tokens_wanted) if self.passes_begun else 0.0
 
     @property
     def pass_fraction(self) -> float:
@@ -217,6 +223,21 @@ class RunState:
             if layer.info.resident and not info.resident:
                 layer.weights = "waiting"
             layer.info = info
+
+    def _batch_begin(self, event: BatchBegin) -> None:
+        """Begin anew: a batch is a run of its own."""
+        if self.batches is None:
+            self.batches = Batches(event)
+        self.batches.begin(event)
+        self.tokens_wanted = event.tokens
+        self.passes_begun = self.tokens = 0
+        self.decode_seconds = 0.0
+        self.kind = "opening"
+        self.recent.clear()
+
+    def _batch_end(self, event: BatchEnd) -> None:
+        if self.batches is not None:
+            self.batches.end(event)
 
     def _pass_begin(self, event: PassBegin) -> None:
         self.passes_begun += 1

@@ -22,10 +22,11 @@ from airllm_nb.notebook.run_state import Ended, RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from airllm_nb import LayeredModel
     from airllm_nb.engine.trace import Trace
+    from airllm_nb.notebook.answers import Answers
     from airllm_nb.notebook.generation import Run
 
 PLENTY = "1000TB"
@@ -177,7 +178,7 @@ class Session:
         renderer, write : optional
             What draws this run, and what takes its text, in place of the session's own.
         **sampling
-            See `airllm_nb.notebook.decoding.Sampling`.
+            See `airllm_nb.engine.decoding.Sampling`.
 
         Raises
         ------
@@ -188,8 +189,8 @@ class Session:
         """
         with self._alone():
             model = self.model
-            from airllm_nb.notebook import prompts
-            from airllm_nb.notebook.decoding import Sampling
+            from airllm_nb.engine import prompts
+            from airllm_nb.engine.decoding import Sampling
             from airllm_nb.notebook.generation import Run
 
             def make() -> Run:
@@ -231,7 +232,7 @@ class Session:
         """
         with self._alone():
             model = self.model
-            from airllm_nb.notebook.decoding import Sampling
+            from airllm_nb.engine.decoding import Sampling
 
             def make() -> Run:
                 return self.conversation.turn(model, prompt, system, Sampling(**sampling))
@@ -301,6 +302,31 @@ class Session:
                 model.progress = None
                 progress.finish(ended)
             return trace
+
+    def map(self, prompts: Iterable[str], *, renderer: Renderer | None = None, **options: Any) -> Answers:
+        """Answer many prompts, of which each pass over the layers serves a whole batch.
+
+        Parameters
+        ----------
+        prompts : iterable of str
+            A list, a column of a DataFrame, ...
+        renderer : Renderer, optional
+            What draws it, in place of the session's own.
+        **options
+            What `LayeredModel.map` takes.
+
+        Raises
+        ------
+        AirLLMError
+            If no model is loaded, or a prompt, an option or the file of results makes no sense.
+        MapInterrupted
+            If the user interrupts; its `answers` hold what was complete.
+        """
+        with self._alone():
+            model = self.model
+            from airllm_nb.notebook import mapping
+
+            return mapping.run(model, prompts, (lambda: renderer) if renderer else self._new_renderer, self._stop, **options)
 
     @property
     def can_proceed(self) -> bool:

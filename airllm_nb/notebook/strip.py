@@ -11,6 +11,7 @@ from airllm_nb.notebook.verdict import time_left, verdict
 
 if TYPE_CHECKING:
     from airllm_nb.events import LayerInfo
+    from airllm_nb.notebook.batches import Batches
     from airllm_nb.notebook.run_state import RunState
 
 __all__ = ["STYLE", "headline", "render", "render_layers", "verdict"]
@@ -99,6 +100,8 @@ def render_layers(infos: tuple[LayerInfo, ...]) -> str:
 
 def headline(state: RunState) -> str:
     """Say in one line what is going on: ``token 7/40 · layer 12/30 · model.layers.11 · 3.1 tok/s``."""
+    if state.batches is not None:
+        return _headline_of_map(state, state.batches)
     if state.kind == "opening":
         return state.ended or _fetching(state) or ("starting" if state.tokens_wanted else "opening")
     if state.ended:
@@ -106,13 +109,30 @@ def headline(state: RunState) -> str:
     if state.kind == "load":
         wanted = sum(layer.info.resident for layer in state.layers)
         return f"loading · layer {state.loaded_layers}/{wanted} · {_size(state.loaded_nbytes)}"
-    number = state.layer + 1 + state.waits
-    wait = "waiting for " if state.waits else ""
-    where = f"{wait}layer {number}/{len(state.layers)} · {state.layers[number - 1].info.name}"
+    where = _where(state)
     if state.kind == "prefill":
         return f"prompt of {_count(state.prompt_tokens, 'token')} · {where}"
     rate = f" · {state.tokens_per_second:.1f} tok/s" if state.tokens_per_second else ""
     return f"token {state.tokens + 1}/{state.tokens_wanted} · {where}{rate}"
+
+
+def _headline_of_map(state: RunState, batches: Batches) -> str:
+    """Say it of many prompts: ``16/40 prompts · 1.23 s each · next 16: token 7/40 · layer 12/30 · model.layers.11``."""
+    each = f" · {batches.seconds_per_prompt:.3g} s each" if batches.seconds_per_prompt else ""
+    done = f"{batches.done}/{_count(batches.total, 'prompt')}{each}"
+    if state.ended:
+        return f"{'' if state.ended == 'done' else f'{state.ended} · '}{done} · {batches.seconds:.1f} s"
+    if not state.passes_begun or not batches.rows:
+        return done
+    what = "prompts" if state.kind == "prefill" else f"token {min(state.tokens + 1, state.tokens_wanted)}/{state.tokens_wanted}"
+    return f"{done} · next {batches.rows}: {what} · {_where(state)}"
+
+
+def _where(state: RunState) -> str:
+    """Name the layer that computes, or is waited for."""
+    number = state.layer + 1 + state.waits
+    wait = "waiting for " if state.waits else ""
+    return f"{wait}layer {number}/{len(state.layers)} · {state.layers[number - 1].info.name}"
 
 
 def _fetching(state: RunState) -> str:
@@ -136,6 +156,10 @@ def _ended(state: RunState) -> str:
 def _bars(state: RunState) -> str:
     """Show how far it is, and how long it will go on: one bar of a load, one of each phase of a run, one of each file."""
     left = f"<span>{time_left(state)}</span>"
+    if state.batches is not None:
+        share = state.fraction if state.batches.rows else 0.0
+        bars = _bar("prompts", state.batches.fraction(share), "whole now") + (_bar("batch", share, "") if not state.ended else "")
+        return f'<div class="airllm-bars">{bars}{left}</div>'
     if state.kind == "load":
         return f'<div class="airllm-bars">{_bar("loading", state.fraction, "whole now")}{left}</div>'
     if state.kind == "opening" and not state.tokens_wanted:

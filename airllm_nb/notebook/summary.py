@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from airllm_nb import LayeredModel
-    from airllm_nb.notebook.decoding import Sampling
+    from airllm_nb.engine.decoding import Sampling
     from airllm_nb.notebook.timeline import Timeline
 
 Stopped = Literal["end", "length", "stop", "interrupted"]
@@ -62,7 +62,7 @@ class Settings:
     resident, streamed : int
         How many layers stayed in memory, and how many were read in every pass.
     max_new_tokens, temperature, top_p, seed, stop
-        As in `airllm_nb.notebook.decoding.Sampling`; the first is larger where the text was gone on with.
+        As in `airllm_nb.engine.decoding.Sampling`; the first is larger where the text was gone on with.
     system : str or None
         The system prompt.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat import cache
+from airllm_nb.engine import prompts
 from airllm_nb.errors import PromptError
-from airllm_nb.notebook import prompts
 from airllm_nb.notebook.generation import Run
 from airllm_nb.notebook.interrupts import interrupt_later
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from airllm_nb import LayeredModel
+    from airllm_nb.engine.decoding import Sampling
+    from airllm_nb.engine.prompts import Message
     from airllm_nb.notebook.conversation import Conversation
-    from airllm_nb.notebook.decoding import Sampling
-    from airllm_nb.notebook.prompts import Message
     from airllm_nb.notebook.summary import Answer
 
 

@@ -92,6 +92,9 @@ def time_left(state: RunState) -> str:
     """Say how long it will go on, from what was measured: ``about 40 s left``; empty before that can be known, and at the end."""
     if state.ended:
         return ""
+    if state.batches is not None:
+        left = state.batches.seconds_left(state.now, state.fraction)
+        return "" if left is None else f"{_rounded(left)} left at most"
     if state.kind == "decode":
         if state.tokens < 2:  # noqa: PLR2004  # the prompt's pass, and one to measure
             return ""

@@ -330,7 +330,7 @@ def test_stop_text_in_two_halves(chatting):
 
 def test_half_a_character_before_the_break(chatting, monkeypatch):
     """What is shown in its place is no part of the answer."""
-    from airllm_nb.notebook import decoding
+    from airllm_nb.engine import decoding
 
     text = "né€😀!"
 
@@ -365,7 +365,7 @@ def test_an_ask_that_has_ended_keeps_nothing(chatting):
 
 def test_a_stop_before_the_prompt_is_read_begins_anew(chatting, monkeypatch):
     expected = run(chatting, SEEDED)
-    from airllm_nb.notebook import prompts
+    from airllm_nb.engine import prompts
 
     with monkeypatch.context() as patch:
         patch.setattr(prompts, "encode", lambda *_, **__: _thread.interrupt_main() or time.sleep(1))

@@ -202,7 +202,7 @@ def test_a_full_context(session, plain):
 
 
 def test_a_turn_that_fails_is_no_part_of_it(session, folder, monkeypatch):
-    from airllm_nb.notebook import decoding
+    from airllm_nb.engine import decoding
 
     load(session, folder("llama"))
     fresh, conversation = Fresh(folder("llama")), session.conversation

@@ -12,10 +12,9 @@ import transformers
 from airllm_nb.errors import PromptError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from airllm_nb import LayeredModel
-    from airllm_nb.notebook.progress import Progress
 
 OF_THE_CHECKPOINT = frozenset((
     "bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "use_cache",
@@ -102,8 +101,8 @@ class Sampling:
 
 
 @contextlib.contextmanager
-def refusals(model: LayeredModel, progress: Progress) -> Iterator[None]:
-    """Turn what transformers raises before the first pass, when it checks its options, into one line.
+def refusals(model: LayeredModel, begun: Callable[[], object]) -> Iterator[None]:
+    """Turn what transformers raises before the first pass has `begun`, when it checks its options, into one line.
 
     Raises
     ------
@@ -113,7 +112,7 @@ def refusals(model: LayeredModel, progress: Progress) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        if progress.state.passes_begun:
+        if begun():
             raise
         raise UnsupportedError(
             f"transformers refuses to generate with {model.name}: {in_words(error)}.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from airllm_nb.engine.decoding import in_words
 from airllm_nb.errors import PromptError
-from airllm_nb.notebook.decoding import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
