@@ -75,6 +75,8 @@ def _cell_parser() -> Parser:
     usage = "%%%%airllm [options]\n       prompt, as many lines as it needs"
     parser = Parser("%%airllm", "Run the loaded model on the cell; the text is written as it comes.", usage)
     _sampling_options(parser)
+    parser.option("--lens", action="store_true",
+                  help="then show what each layer would have said: one more pass; it leaves `_airllm_trace`")  # fmt: skip
     return parser
 
 
@@ -104,8 +106,6 @@ def _sampling_options(parser: Parser) -> None:
     parser.option("--stop", action="append", default=[], metavar="TEXT", type=_unescape,
                   help=r"end before this text; may be given again; \n and \t mean line break and tab; --stop=TEXT takes "
                   "any text, such as one that begins with -")  # fmt: skip
-    parser.option("--lens", action="store_true",
-                  help="then show what each layer would have said: one more pass; it leaves `_airllm_trace`")  # fmt: skip
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
 
 

@@ -89,7 +89,7 @@ GUARDS = {
         "tokenizer_config",
     ),
     "a chat template may fail in any way": Guard(
-        "airllm_nb.notebook.prompts", "except Exception as error:", "except KeyError as error:", SETTINGS, "chat_templates"
+        "airllm_nb.engine.prompts", "except Exception as error:", "except KeyError as error:", SETTINGS, "chat_templates"
     ),
     "an error shows no control characters": Guard(
         "airllm_nb.errors", "cause = _readable(cause)", "pass", SETTINGS, "chat_templates"

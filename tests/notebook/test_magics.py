@@ -87,7 +87,10 @@ def test_help(shell):
     ("cell", "said"),
     [
         ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
-        ("%airllm xyzzy", "there are load, continue, unload, status, devices, plan, doctor, bench, and %%airllm for a prompt."),
+        (
+            "%airllm xyzzy",
+            "there are load, continue, map, unload, status, devices, plan, doctor, bench, and %%airllm for a prompt.",
+        ),
         ("%airllm load", "required: MODEL"),
         ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),
         ("%airllm load 'x", "a quotation mark is not closed"),
