@@ -13,6 +13,7 @@ from airllm_nb.compat import logits
 from airllm_nb.compat.config import quiet
 from airllm_nb.engine import trace_pictures
 from airllm_nb.engine.attention import AttentionWatch
+from airllm_nb.engine.data_frame import data_frame
 from airllm_nb.engine.lens import Lens
 from airllm_nb.engine.taps import LayerVisit, Tap
 from airllm_nb.errors import AirLLMError, CheckpointError, PromptError, UnsupportedError
@@ -138,11 +139,7 @@ class Trace:
         AirLLMError
             If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise AirLLMError("pandas is not installed.", "Run  %pip install pandas , or use trace.columns().") from None
-        return pd.DataFrame(self.columns())
+        return data_frame(self.columns(), "trace.columns()")
 
     def __repr__(self) -> str:  # without numbers that depend on the machine's last bits
         heads = f", {len(self.attention)} heads" if self.attention else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from airllm_nb.errors import AirLLMError
+from airllm_nb.engine.data_frame import data_frame
 from airllm_nb.notebook.summary import Interrupted
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ class Answers:
         AirLLMError
             If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise AirLLMError("pandas is not installed.", "Run  %pip install pandas  , or use .prompts and .texts.") from error
-        return pd.DataFrame({"prompt": self.prompts, "answer": self.texts})
+        return data_frame({"prompt": self.prompts, "answer": self.texts}, ".prompts and .texts")
 
     def __len__(self) -> int:
         return len(self.texts)
