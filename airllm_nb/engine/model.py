@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.engine import context, hub, many, threads
+from airllm_nb.engine import context, hub, many, taps, threads, trace
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.freeing import free
@@ -24,12 +23,10 @@ from airllm_nb.engine.mapped import SharingReader
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.planning import named, plan, prepare
 from airllm_nb.engine.reader import Reader
-from airllm_nb.engine.runtime import UNLOADED, Runtime
+from airllm_nb.engine.runtime import Runtime
 from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.stream import WeightStream
-from airllm_nb.engine.taps import Function, Tap
-from airllm_nb.engine.trace import Prompt, Trace, trace
 from airllm_nb.engine.weights import GroupReader
 from airllm_nb.errors import AirLLMError, CheckpointError
 from airllm_nb.events import LayerInfo, Listener
@@ -188,80 +185,8 @@ class LayeredModel:
 
     # What can be seen of it
 
-    def on_layer(self, function: Function) -> Tap:
-        """Have a function called with the hidden state that leaves each decoder layer, from the next pass on.
-
-        Several are called in the order in which they came; each sees what the one before has put in its place. What one raises
-        ends the pass as an interrupt does. Without any, nothing is paid.
-
-        Parameters
-        ----------
-        function : callable(layer, hidden)
-            `layer` is a `LayerVisit`: the layer's `index` and `name`, `layer.before`, what entered it, and
-            ``layer.again(hidden)``, which computes it once more. `hidden` has the shape (batch, tokens, width), and while text
-            is generated with a KV cache only the new tokens. It returns None, or what the next layer shall get instead.
-
-        Returns
-        -------
-        Tap
-            Has ``remove()``, and is a context manager that does it.
-
-        Raises
-        ------
-        AirLLMError
-            If that is no function. (In the pass: if it returns a tensor of another shape, dtype or device.)
-        """
-        if self._runtime.closed:
-            raise UNLOADED
-        if not callable(function):
-            raise AirLLMError("on_layer was given what cannot be called.", "Give it a function of layer and hidden.")
-        tap = Tap(self._runtime, function)
-        tap.add()
-        return tap
-
-    def trace(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 0,
-        top_k: int = 5,
-        heads: Iterable[tuple[int, int]] = (),
-        last: int | None = None,
-    ) -> Trace:
-        """Run over a text once, and note what happens inside.
-
-        Works with any budget. It takes one pass, the head once more for each layer, and memory for nothing that is as large as
-        layers x tokens x vocabulary. What functions given to `on_layer` put in place of hidden states is what is seen.
-
-        Parameters
-        ----------
-        prompt : str, tensor, sequence of int, or a tokenizer's output
-            The text, taken as it is (without chat template), or its ids.
-        max_new_tokens : int
-            Let the model add so many tokens first, the likeliest each time; they are traced too.
-        top_k : int
-            Guesses that are kept for each layer and token; 0 for none, which saves the heads.
-        heads : iterable of (int, int)
-            Layers and heads whose attention is kept.
-        last : int, optional
-            Keep what is seen of the last so many tokens only.
-
-        Returns
-        -------
-        Trace
-            Tensors, and pictures: shown in a notebook, it is its pictures.
-
-        Raises
-        ------
-        PromptError
-            If the prompt is none, holds ids that the model does not have, or does not fit the context.
-        UnsupportedError
-            If the model's layers are no simple stack, it has no logit lens, or the attention cannot be seen.
-        AirLLMError
-            If there is no such layer or head, or a number makes no sense.
-        """
-        with self._runtime.lock:
-            return trace(self, self._runtime, prompt, max_new_tokens=max_new_tokens, top_k=top_k, heads=heads, last=last)
+    on_layer = taps.on_layer
+    trace = trace.trace
 
     def to(self, *args: Any, **kwargs: Any) -> LayeredModel:
         """Return this model if that is where and what it is already.

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from airllm_nb.engine.decoding import in_words
 from airllm_nb.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from airllm_nb import LayeredModel
 
 Message = dict[str, str]
 """One turn's part: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+TextOrIds = str | torch.Tensor | Sequence[int] | Mapping[str, Any]
+"""A text, the ids of its tokens, or what a tokenizer has made of it."""
 
 
 def check(prompt: str, system: str | None) -> None:
@@ -74,3 +79,27 @@ def ids_of(encoded: Any) -> list[int]:
     ids = encoded["input_ids"]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     return list(ids[0] if ids and isinstance(ids[0], list) else ids)
+
+
+def text_or_ids(model: LayeredModel, prompt: TextOrIds) -> list[int]:
+    """Return the ids of one text, taken as it is.
+
+    Raises
+    ------
+    PromptError
+        If there are none, more than one text, or ids that the model does not have.
+    """
+    if isinstance(prompt, str):
+        prompt = model.tokenizer(prompt)
+    ids = prompt["input_ids"] if isinstance(prompt, Mapping) else prompt
+    numbers: Any = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    if numbers and isinstance(numbers[0], list):
+        if len(numbers) > 1:
+            raise PromptError(f"There are {len(numbers)} prompts.", "Trace them one by one.")
+        (numbers,) = numbers
+    if not numbers:
+        raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if wrong := [number for number in numbers if not 0 <= number < known]:
+        raise PromptError(f"The model has no token {wrong[0]}.", f"Its tokens are 0 to {known - 1}.")
+    return list(map(int, numbers))

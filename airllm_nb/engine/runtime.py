@@ -77,8 +77,7 @@ class Runtime:
         with self.lock:
             if self._within_pass():
                 return call()
-            if self.closed:
-                raise UNLOADED
+            self.require_open()
             self.recover()
             self.relieve()
             self._hook_layers()
@@ -112,8 +111,7 @@ class Runtime:
 
     def before_layer(self) -> None:
         """Prepare for a streamed layer: also for one that is called on its own, outside of any pass."""
-        if self.closed:
-            raise UNLOADED
+        self.require_open()
         if not self._within_pass():
             self.recover()
 
@@ -145,6 +143,11 @@ class Runtime:
         self._pending = None
         if self.listener is None:
             warnings.warn(news.text, RuntimeWarning, stacklevel=2)
+
+    def require_open(self) -> None:
+        """Refuse what needs weights that were freed."""
+        if self.closed:
+            raise UNLOADED
 
     def close(self) -> None:
         """Stop telling and computing. Freeing the weights is up to whoever made them."""

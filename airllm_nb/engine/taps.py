@@ -15,6 +15,7 @@ from airllm_nb.errors import AirLLMError, UnsupportedError
 from airllm_nb.events import LayerInfo
 
 if TYPE_CHECKING:
+    from airllm_nb.engine.model import LayeredModel
     from airllm_nb.engine.runtime import Runtime
 
 
@@ -85,6 +86,38 @@ class Tap:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
+
+
+def on_layer(model: LayeredModel, function: Function) -> Tap:
+    """Have a function called with the hidden state that leaves each decoder layer, from the next pass on.
+
+    Several are called in the order in which they came; each sees what the one before has put in its place. What one raises
+    ends the pass as an interrupt does. Without any, nothing is paid.
+
+    Parameters
+    ----------
+    function : callable(layer, hidden)
+        `layer` is a `LayerVisit`: the layer's `index` and `name`, `layer.before`, what entered it, and
+        ``layer.again(hidden)``, which computes it once more. `hidden` has the shape (batch, tokens, width), and while text
+        is generated with a KV cache only the new tokens. It returns None, or what the next layer shall get instead.
+
+    Returns
+    -------
+    Tap
+        Has ``remove()``, and is a context manager that does it.
+
+    Raises
+    ------
+    AirLLMError
+        If that is no function. (In the pass: if it returns a tensor of another shape, dtype or device.)
+    """
+    runtime = model._runtime  # noqa: SLF001
+    runtime.require_open()
+    if not callable(function):
+        raise AirLLMError("on_layer was given what cannot be called.", "Give it a function of layer and hidden.")
+    tap = Tap(runtime, function)
+    tap.add()
+    return tap
 
 
 def visit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,14 @@ from airllm_nb.engine import trace_pictures
 from airllm_nb.engine.attention import AttentionWatch
 from airllm_nb.engine.data_frame import data_frame
 from airllm_nb.engine.lens import Lens
+from airllm_nb.engine.prompts import TextOrIds, text_or_ids
 from airllm_nb.engine.taps import LayerVisit, Tap
-from airllm_nb.errors import AirLLMError, CheckpointError, PromptError, UnsupportedError
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 from airllm_nb.events import LayerInfo
 
 if TYPE_CHECKING:
     from airllm_nb.engine.model import LayeredModel
-    from airllm_nb.engine.runtime import Runtime
     from airllm_nb.engine.trace_pictures import Picture
-
-Prompt = str | torch.Tensor | Sequence[int] | Mapping[str, Any]
-"""A text, the ids of its tokens, or what a tokenizer has made of it."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -153,33 +150,64 @@ class Trace:
 
 def trace(
     model: LayeredModel,
-    runtime: Runtime,
-    prompt: Prompt,
+    prompt: TextOrIds,
     *,
     max_new_tokens: int = 0,
     top_k: int = 5,
     heads: Iterable[tuple[int, int]] = (),
     last: int | None = None,
 ) -> Trace:
-    """Run a model over a text once; see `LayeredModel.trace`."""
+    """Run over a text once, and note what happens inside.
+
+    Works with any budget. It takes one pass, the head once more for each layer, and memory for nothing that is as large as
+    layers x tokens x vocabulary. What functions given to `on_layer` put in place of hidden states is what is seen.
+
+    Parameters
+    ----------
+    prompt : str, tensor, sequence of int, or a tokenizer's output
+        The text, taken as it is (without chat template), or its ids.
+    max_new_tokens : int
+        Let the model add so many tokens first, the likeliest each time; they are traced too.
+    top_k : int
+        Guesses that are kept for each layer and token; 0 for none, which saves the heads.
+    heads : iterable of (int, int)
+        Layers and heads whose attention is kept.
+    last : int, optional
+        Keep what is seen of the last so many tokens only.
+
+    Returns
+    -------
+    Trace
+        Tensors, and pictures: shown in a notebook, it is its pictures.
+
+    Raises
+    ------
+    PromptError
+        If the prompt is none, holds ids that the model does not have, or does not fit the context.
+    UnsupportedError
+        If the model's layers are no simple stack, it has no logit lens, or the attention cannot be seen.
+    AirLLMError
+        If there is no such layer or head, or a number makes no sense.
+    """
     heads = _checked(heads, model.layers)
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 0), ("last", last, 1)):
         if value is not None and value < least:
             raise AirLLMError(f"{name} is {value}.", f"It is a number from {least} on.")
-    with quiet():
-        ids = given = _encode(model, prompt)
-        if max_new_tokens:
-            ids = _generate(model, given, max_new_tokens)
-    first = max(len(ids) - last, 0) if last is not None else 0
-    lens = Lens(model._hf, model.layers) if top_k else None  # noqa: SLF001
-    seen = _Seen(len(ids), first, len(model.layers), lens, top_k, AttentionWatch(heads, first) if heads else None)
-    tap = Tap(runtime, seen)
-    try:
-        tap.add()
-        with seen.watch or contextlib.nullcontext():
-            output = model(torch.tensor([ids]), **logits.last_only(model._hf))  # noqa: SLF001
-    finally:
-        tap.remove()
+    with model._runtime.lock:  # noqa: SLF001
+        with quiet():
+            ids = given = text_or_ids(model, prompt)
+            if max_new_tokens:
+                ids = _generate(model, given, max_new_tokens)
+        first = max(len(ids) - last, 0) if last is not None else 0
+        lens = Lens(model._hf, model.layers) if top_k else None  # noqa: SLF001
+        seen = _Seen(len(ids), first, len(model.layers), lens, top_k, AttentionWatch(heads, first) if heads else None)
+        tap = Tap(model._runtime, seen)  # noqa: SLF001
+        try:
+            tap.add()
+            with seen.watch or contextlib.nullcontext():
+                output = model(torch.tensor([ids]), **logits.last_only(model._hf))  # noqa: SLF001
+        finally:
+            tap.remove()
     seen.check(output.logits[0, -1])
     shape = (len(model.layers), len(ids) - first, 0)
     top_ids = torch.stack(seen.top_ids) if lens else torch.zeros(shape, dtype=torch.long)
@@ -246,30 +274,6 @@ def _checked(heads: Iterable[tuple[int, int]], layers: Sequence[LayerInfo]) -> l
         if not 0 <= layer < len(layers):
             raise AirLLMError(f"There is no layer {layer}.", f"The model has {len(layers)}: 0 to {len(layers) - 1}.")
     return heads
-
-
-def _encode(model: LayeredModel, prompt: Prompt) -> list[int]:
-    """Return the ids of a prompt.
-
-    Raises
-    ------
-    PromptError
-        If there are none, more than one text, or ids that the model does not have.
-    """
-    if isinstance(prompt, str):
-        prompt = model.tokenizer(prompt)
-    ids = prompt["input_ids"] if isinstance(prompt, Mapping) else prompt
-    numbers: Any = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-    if numbers and isinstance(numbers[0], list):
-        if len(numbers) > 1:
-            raise PromptError(f"There are {len(numbers)} prompts.", "Trace them one by one.")
-        (numbers,) = numbers
-    if not numbers:
-        raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
-    known = model.get_input_embeddings().weight.shape[0]
-    if wrong := [number for number in numbers if not 0 <= number < known]:
-        raise PromptError(f"The model has no token {wrong[0]}.", f"Its tokens are 0 to {known - 1}.")
-    return list(map(int, numbers))
 
 
 def _generate(model: LayeredModel, ids: list[int], count: int) -> list[int]:

@@ -10,15 +10,15 @@ from airllm_nb.engine.decoding import Sampling
 from airllm_nb.engine.many import as_texts
 from airllm_nb.events import BatchEnd, Event
 from airllm_nb.notebook.answers import Answers, MapInterrupted
-from airllm_nb.notebook.progress import Progress, Renderer
-from airllm_nb.notebook.run_state import Ended, RunState
+from airllm_nb.notebook.progress import Renderer, drawn
+from airllm_nb.notebook.run_state import RunState
 from airllm_nb.notebook.summary import Settings
 from airllm_nb.notebook.verdict import memory_left
 
 if TYPE_CHECKING:
     import os
     import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from airllm_nb import LayeredModel
 
@@ -28,7 +28,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 def run(
     model: LayeredModel,
     prompts: Iterable[str],
-    new_renderer: Callable[[], Renderer],
+    renderer: Renderer,
     halt: threading.Event,
     *,
     results: str | os.PathLike[str] | None = None,
@@ -45,30 +45,25 @@ def run(
     sampling = Sampling(**{name: options[name] for name in SAMPLING if name in options})
     settings = Settings.of(model, sampling, options.get("system"))
     state = RunState(model.name, model.layers, sampling.max_new_tokens, memory_left(model))
-    progress = Progress(state, new_renderer(), halt)
     texts: dict[int, str] = {}
-    ended: Ended = "failed"
-
-    def listen(event: Event) -> None:
-        if type(event) is BatchEnd:
-            texts.update(event.texts)
-        progress(event)
 
     def answers() -> Answers:
-        computed, seconds = (batches.computed, batches.seconds) if (batches := progress.state.batches) else (0, 0.0)
+        computed, seconds = (state.batches.computed, state.batches.seconds) if state.batches else (0, 0.0)
         found = tuple(texts.get(index) for index in range(len(asked)))
         return Answers(tuple(asked), found, computed, seconds, settings, None if results is None else str(results))
 
     try:
-        with quiet():
+        with drawn(state, renderer, halt) as progress, quiet():
+
+            def listen(event: Event) -> None:
+                if type(event) is BatchEnd:
+                    texts.update(event.texts)
+                progress(event)
+
             texts.update(enumerate(model.map(asked, results=results, progress=listen, **options)))
-        ended = "done"
-        return answers()
     except KeyboardInterrupt as interrupt:
-        ended = "interrupted"
         traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so the KV cache of the batch
         made = answers()
         goes_on = "the same again goes on" if results is not None else "with results in a file, the next call would go on"
         raise MapInterrupted(f"stopped after {made.done} of {len(asked)} prompts: {goes_on}", made) from None
-    finally:
-        progress.finish(ended)
+    return answers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from airllm_nb.events import ComputeBegin, ComputeEnd, Event, Fetching, LayerRead, LayerReady, LoadBegin, PassBegin
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from airllm_nb.notebook.run_state import Ended, RunState
     from airllm_nb.notebook.summary import LayerTotals
 
@@ -114,3 +117,18 @@ class Progress:
     def totals(self) -> tuple[LayerTotals, ...]:
         """Return what each layer has done so far."""
         return tuple(layer.totals() for layer in self.state.layers)
+
+
+@contextlib.contextmanager
+def drawn(state: RunState, renderer: Renderer, stop: threading.Event | None = None) -> Iterator[Progress]:
+    """Give the listener of one run, and draw at its end how that was."""
+    progress = Progress(state, renderer, stop)
+    ended: Ended = "failed"
+    try:
+        yield progress
+        ended = "done"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        progress.finish(ended)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-import threading
-import time
 import traceback
-import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat.config import quiet
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.conversation import Conversation
 from airllm_nb.notebook.imports import import_engine
-from airllm_nb.notebook.interrupts import free_logging, interrupt_later
-from airllm_nb.notebook.progress import Progress, Renderer
-from airllm_nb.notebook.run_state import Ended, RunState
+from airllm_nb.notebook.interrupts import interrupt_later
+from airllm_nb.notebook.last_run import LastRun
+from airllm_nb.notebook.one_at_a_time import OneAtATime, SessionError
+from airllm_nb.notebook.progress import Renderer, drawn
+from airllm_nb.notebook.run_state import RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
 if TYPE_CHECKING:
@@ -30,28 +28,13 @@ if TYPE_CHECKING:
     from airllm_nb.notebook.generation import Run
 
 PLENTY = "1000TB"
-PAUSE = 0.01
 LENS_TOKENS = 12
-
-
-class SessionError(AirLLMError):
-    """No model is loaded, or the one that is loaded is busy."""
 
 
 def write_stdout(text: str) -> None:
     """Write to the cell's (or the terminal's) output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-class Watcher(Protocol):
-    """Who wants to know when something about the session has changed."""
-
-    def refresh(self) -> None:
-        """Look at the session again."""
-
-    def close(self) -> None:
-        """Go away: the session is not used any more."""
 
 
 class Session:
@@ -66,8 +49,6 @@ class Session:
 
     Attributes
     ----------
-    answer : Answer or None
-        The last run's answer.
     conversation : Conversation
         What `chat` goes on with.
     watchers : set of Watcher
@@ -75,18 +56,17 @@ class Session:
     """
 
     def __init__(self, new_renderer: Callable[[], Renderer], write: Callable[[str], object] = write_stdout) -> None:
-        self.answer: Answer | None = None
         self.conversation = Conversation()
-        self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
-        self._run: Run | None = None  # what can be gone on with
-        self._text: list[int] = []  # the last run's ids, of the prompt and of the answer
-        self._given: Answer | None = None  # by the call that is under way
         self._new_renderer = new_renderer
-        self._write = write
         self._model: LayeredModel | None = None
-        self._guard = threading.Lock()
-        self._stop = threading.Event()
-        self._owner: int | None = None  # the thread whose run it is
+        self._turns = OneAtATime()
+        self._last = LastRun(new_renderer, write, self._turns.stop)
+        self.watchers = self._turns.watchers
+
+    @property
+    def answer(self) -> Answer | None:
+        """The last run's answer."""
+        return self._last.answer
 
     @property
     def model(self) -> LayeredModel:
@@ -104,11 +84,11 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a load or a run is under way."""
-        return self._owner is not None
+        return self._turns.busy
 
     def stop(self) -> None:
         """End the load or the run that is under way, on whatever thread, before its next layer; it raises `Interrupted` there."""
-        self._stop.set()
+        self._turns.stop.set()
 
     def load(self, model: str, *, renderer: Renderer | None = None, **options: Any) -> LayeredModel:
         """Load a model in place of the one that is loaded.
@@ -134,9 +114,7 @@ class Session:
         """
         with self._alone():
             require_supported()
-            progress = Progress(RunState(model), renderer or self._new_renderer(), self._stop)
-            ended: Ended = "failed"
-            try:
+            with drawn(RunState(model), renderer or self._new_renderer(), self._turns.stop) as progress:
                 import_engine()
                 from airllm_nb import LayeredModel
 
@@ -147,12 +125,6 @@ class Session:
                     loaded = LayeredModel.from_pretrained(model, progress=progress, **options)
                 loaded.progress = None
                 self._model = loaded
-                ended = "done"
-            except KeyboardInterrupt:
-                ended = "interrupted"
-                raise
-            finally:
-                progress.finish(ended)
             return loaded
 
     def ask(
@@ -198,7 +170,7 @@ class Session:
                 run.system = system
                 return run
 
-            return self._begin(make, renderer, write)
+            return self._last.begin(make, self.conversation, renderer, write)
 
     def chat(
         self,
@@ -237,7 +209,7 @@ class Session:
             def make() -> Run:
                 return self.conversation.turn(model, prompt, system, Sampling(**sampling))
 
-            return self._begin(make, renderer, write)
+            return self._last.begin(make, self.conversation, renderer, write)
 
     def proceed(self, *, renderer: Renderer | None = None, write: Callable[[str], object] | None = None) -> Answer:
         """Go on with the last text, if it was stopped or cut at its largest length: what comes out is as if it had not been.
@@ -254,12 +226,9 @@ class Session:
             If the user interrupts again.
         """
         with self._alone():
-            model, run = self.model, self._run
-            if run is None or run.model is not model:
+            if not self._last.goes_on(self.model):
                 raise SessionError("There is nothing to go on with: no text was stopped or cut.", "Ask something first.")
-            if run.limited:
-                run.extend(write or self._write)
-            return self._go(run, renderer, write, again=True)
+            return self._last.proceed(renderer, write)
 
     def trace(self, *, last: int = LENS_TOKENS, renderer: Renderer | None = None) -> Trace:
         """Run over the last text once more, prompt and answer, and note what each layer would have said.
@@ -284,24 +253,17 @@ class Session:
         """
         with self._alone():
             model = self.model
-            if not self._text:
+            if not self._last.text:
                 raise SessionError("There is no text to look into.", "Ask something first.")
             from airllm_nb.notebook.verdict import memory_left
 
             state = RunState(model.name, model.layers, 1, memory_left(model))
-            progress = Progress(state, renderer or self._new_renderer(), self._stop)
-            ended: Ended = "failed"
-            try:
+            with drawn(state, renderer or self._new_renderer(), self._turns.stop) as progress:
                 model.progress = progress
-                trace = model.trace(self._text[:-1], last=last)
-                ended = "done"
-            except KeyboardInterrupt:
-                ended = "interrupted"
-                raise
-            finally:
-                model.progress = None
-                progress.finish(ended)
-            return trace
+                try:
+                    return model.trace(self._last.text[:-1], last=last)
+                finally:
+                    model.progress = None
 
     def map(self, prompts: Iterable[str], *, renderer: Renderer | None = None, **options: Any) -> Answers:
         """Answer many prompts, of which each pass over the layers serves a whole batch.
@@ -326,17 +288,17 @@ class Session:
             model = self.model
             from airllm_nb.notebook import mapping
 
-            return mapping.run(model, prompts, (lambda: renderer) if renderer else self._new_renderer, self._stop, **options)
+            return mapping.run(model, prompts, renderer or self._new_renderer(), self._turns.stop, **options)
 
     @property
     def can_proceed(self) -> bool:
         """Whether the last text was stopped or cut, so that `proceed` can go on with it."""
-        return self._run is not None and not self.busy
+        return self._last.run is not None and not self.busy
 
     @property
     def can_proceed_in_conversation(self) -> bool:
         """Whether that text is the conversation's last answer."""
-        return self.can_proceed and self._run is self.conversation.last
+        return self.can_proceed and self._last.run is self.conversation.last
 
     def forget(self) -> None:
         """Begin a new conversation, and let the memory of the old one go."""
@@ -350,71 +312,18 @@ class Session:
 
     def end(self) -> None:
         """Close whoever watches, stop what is under way, wait for it, and free the model."""
-        for watcher in list(self.watchers):
-            watcher.close()
-        while self.busy:
-            self.stop()  # again and again: what has just begun takes a stop for one of what was before
-            time.sleep(PAUSE)
+        self._turns.end()
         self.unload()
 
-    def _begin(self, make: Callable[[], Run], renderer: Renderer | None, write: Callable[[str], object] | None) -> Answer:
-        """Make a new answer; where it is refused, what could be gone on with before still can."""
-        before, self._run = self._run, None
-        try:
-            with quiet():
-                self._run = run = make()
-            with self._interruptible(run):
-                run.begin(write or self._write)
-        except Exception:
-            self._run = before
-            raise
-        self._let_go(before)
-        try:
-            return self._go(run, renderer, write, again=False)
-        except Exception:
-            self._run = None
-            raise
-
-    def _go(self, run: Run, renderer: Renderer | None, write: Callable[[str], object] | None, *, again: bool) -> Answer:
-        write = write or self._write
-        self._text = []
-        with self._interruptible(run):
-            run.begin(write)  # again, if that was interrupted
-            answer = run.go((lambda: renderer) if renderer else self._new_renderer, write, self._stop, again=again)
-        self.answer = self._given = answer
-        self._text = [*run.prompt, *run.ids]
-        return answer
-
-    @contextlib.contextmanager
-    def _interruptible(self, run: Run) -> Iterator[None]:
-        try:
-            with quiet():
-                yield
-        except KeyboardInterrupt as interrupt:
-            if run is not None:
-                run.limited, self._run = False, run
-            traceback.clear_frames(interrupt.__traceback__)  # as below
-            stopped = run.interrupted()
-            self.answer = stopped.answer
-            raise stopped from None
-
-    def _let_go(self, run: Run | None) -> None:
-        """Free a run's KV cache, unless the conversation goes on with it: IPython's last traceback may hold the run itself."""
-        if run is not None and run is not self.conversation.last:
-            run.release()
-
     def _forget(self) -> None:
-        if self._run is not None and self._run.conversation is self.conversation:
-            self._run = None
+        self._last.leave(self.conversation)
         self.conversation.close()
         self.conversation = Conversation()
 
     def _free(self) -> None:
         if self._model is None:
             return
-        self._let_go(self._run)
-        self._run = None
-        self._text = []
+        self._last.forget(self.conversation)
         self._forget()
         with interrupt_later():  # in the middle, it could be lost in a finalizer, which raises nothing
             model, self._model = self._model, None
@@ -424,38 +333,23 @@ class Session:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        me = threading.get_ident()
         run: Run | None = None
         try:
-            with self._guard:
-                # A thread does one thing at a time: should an interrupt keep what is below from being undone, it is let in again.
-                if self._owner not in {None, me}:
-                    raise SessionError("The model is busy with another run.", "Wait until it ends, or stop it.")
-                self._owner = me
-                self._stop.clear()
-                self._given = None
-            self._tell()
+            self._turns.enter()
+            self._last.ask()
             yield
-            if self._given is not None and self._run is not None:  # last: an interrupt until then means that it was not given
-                run = self._run
-                run.limited = self._given.stopped == "length"
-                self._run = run if run.limited else None
+            run = self._last.made
+            if run is not None:
+                self._last.give(run)  # last: an interrupt until then means that it was not given
         except Interrupted:
             raise
         except KeyboardInterrupt as interrupt:
             if run is not None:
-                run.limited, self._run = False, run
+                self._last.take_back(run)
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half loaded or half computed
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
-            free_logging()
-            if self._owner == me:
-                self._owner = None
-                self._tell()
-
-    def _tell(self) -> None:
-        for watcher in list(self.watchers):
-            watcher.refresh()
+            self._turns.leave()
 
 
 def _check(model: str, *, memory: str = "auto", **options: Any) -> None:

@@ -18,7 +18,7 @@ from airllm_nb import plan
 from airllm_nb.compat import cache
 from airllm_nb.errors import PromptError
 from airllm_nb.events import ComputeBegin, PassBegin, PassEnd
-from airllm_nb.notebook.session import SessionError
+from airllm_nb.notebook.one_at_a_time import SessionError
 from airllm_nb.notebook.summary import Interrupted
 
 OTHERS = [*range(32), *range(127, 259)]  # all but ASCII: each token is a character, which is shown at once
@@ -161,7 +161,7 @@ def test_after_a_stop_all_is_as_before_the_aborted_pass(chatting, interrupt, kin
             run(chatting, UNSEEDED)
         assert len(stopped.value.answer.token_ids) == made
         assert torch.equal(torch.get_rng_state(), states[made])
-        kept = chatting._run
+        kept = chatting._last.run
         assert cache.length(kept.cache) == (len(kept.prompt) + made - 1 if made else 0)
         interrupt(None, 0)
         same(chatting.proceed(), expected)
@@ -323,7 +323,7 @@ def test_stop_text_in_two_halves(chatting):
         part, rest = Written(), Written()
         answer = chatting.ask("Hello", max_new_tokens=cut, stop=(stop,), write=part.append)
         assert answer.stopped == "length"
-        chatting._run._sampling = dataclasses.replace(chatting._run._sampling, max_new_tokens=40 - cut)
+        chatting._last.run._sampling = dataclasses.replace(chatting._last.run._sampling, max_new_tokens=40 - cut)
         same(chatting.proceed(write=rest.append), expected)
         assert (part.text.removesuffix("\n") + rest.text).startswith(expected.text)
 
@@ -350,7 +350,7 @@ def test_half_a_character_before_the_break(chatting, monkeypatch):
     for cut in range(1, total):
         part, rest = Written(), Written()
         chatting.ask("Hello", raw=True, max_new_tokens=cut, write=part.append)
-        chatting._run._sampling = dataclasses.replace(chatting._run._sampling, max_new_tokens=total - cut)
+        chatting._last.run._sampling = dataclasses.replace(chatting._last.run._sampling, max_new_tokens=total - cut)
         assert chatting.proceed(write=rest.append).text == text
         assert part.text.removesuffix("\n").rstrip("\ufffd") + rest.text.removesuffix("\n") == text
 
@@ -359,7 +359,7 @@ def test_an_ask_that_has_ended_keeps_nothing(chatting):
     ids = chatting.ask("Hello", max_new_tokens=12).token_ids
     chatting.model.generation_config.eos_token_id = ids[8]
     chatting.ask("Hello", max_new_tokens=12)
-    assert chatting._run is None
+    assert chatting._last.run is None
     assert chatting.conversation.last is None
 
 
@@ -401,12 +401,12 @@ def test_what_was_stopped_is_not_kept_by_its_traceback(shell, chat):
     """IPython keeps that of the last exception, with all frames."""
     shell.run(f"%airllm load {chat} --device cpu --dtype float32")
     session = shell.magics.session
-    session._write = lambda _text: session.stop()
+    session._last._write = lambda _text: session.stop()
     for after in ("%airllm unload", f"%airllm load {chat} --device cpu --dtype float32", "%%airllm --max-new-tokens 1\nHello"):
         if not session.loaded:
             shell.run(f"%airllm load {chat} --device cpu --dtype float32")
         shell.fail("%%airllm --max-new-tokens 20\nHello")
-        keys = weakref.ref(next(tensors(session._run.cache)))
+        keys = weakref.ref(next(tensors(session._last.run.cache)))
         shell.run(after)
         gc.collect()
         assert sys.last_value is not None

@@ -12,8 +12,9 @@ from airllm_nb import plan
 from airllm_nb.compat import cache, versions
 from airllm_nb.errors import PromptError, UnsupportedError
 from airllm_nb.events import PassBegin
+from airllm_nb.notebook.one_at_a_time import SessionError
 from airllm_nb.notebook.renderers import SilentRenderer
-from airllm_nb.notebook.session import Session, SessionError
+from airllm_nb.notebook.session import Session
 from airllm_nb.notebook.summary import Interrupted
 
 OTHERS = [*range(32), *range(127, 259)]  # all but ASCII: each token is a character, and a character is a token

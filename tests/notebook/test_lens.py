@@ -2,7 +2,8 @@
 
 import pytest
 
-from airllm_nb.notebook.session import LENS_TOKENS, SessionError
+from airllm_nb.notebook.one_at_a_time import SessionError
+from airllm_nb.notebook.session import LENS_TOKENS
 from airllm_nb.notebook.summary import Interrupted
 
 LOAD = "%airllm load {} --device cpu --dtype float32"

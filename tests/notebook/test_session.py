@@ -10,8 +10,9 @@ import torch
 
 from airllm_nb import LayeredModel
 from airllm_nb.errors import PromptError
+from airllm_nb.notebook.one_at_a_time import SessionError
 from airllm_nb.notebook.renderers import SilentRenderer
-from airllm_nb.notebook.session import Session, SessionError
+from airllm_nb.notebook.session import Session
 from airllm_nb.notebook.summary import Interrupted
 
 
@@ -124,8 +125,7 @@ def test_one_run_at_a_time(chatting, written):
             thread.start()
             thread.join()
 
-    chatting._write = write
-    answer = chatting.ask("Hello", max_new_tokens=12)
+    answer = chatting.ask("Hello", max_new_tokens=12, write=write)
     assert len(answer.token_ids) == 12
     assert [error.cause for error in refused] == ["The model is busy with another run."] * 3
     assert chatting.loaded
@@ -140,16 +140,14 @@ def test_an_interrupt_keeps_the_text_so_far(chatting, written):
         if len(written) == 4:
             raise KeyboardInterrupt
 
-    chatting._write, plain_write = write, chatting._write
     with pytest.raises(Interrupted) as caught:
-        chatting.ask("Hello", max_new_tokens=20)
+        chatting.ask("Hello", max_new_tokens=20, write=write)
     answer = caught.value.answer
     assert chatting.answer is answer
     assert answer.stopped == "interrupted"
     assert 4 <= len(answer.token_ids) < 20
     assert whole.text.startswith(answer.text)
     assert answer.layers[0].passes >= 4
-    chatting._write = plain_write
     assert chatting.ask("Hello", max_new_tokens=20).token_ids == whole.token_ids
 
 
@@ -253,7 +251,7 @@ class Interrupts(threading.Event):
 
 def test_an_interrupt_at_the_very_beginning_leaves_it_free():
     session = Session(SilentRenderer)
-    session._stop = Interrupts()
+    session._turns.stop = session._last._stop = Interrupts()
     with pytest.raises(Interrupted):
         session.unload()
     assert not session.busy
