@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 PROPERTY = "faults"
+SOAK = "soak"
 
 
 class Tally:
@@ -44,8 +45,11 @@ def table(rows: Iterable[tuple[str, str, int, int, int]]) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print the table; imported by tests/conftest.py, since the process that prints may have loaded no other."""
+    """Print the table, and what the soak said; imported by tests/conftest.py: who prints may have loaded no other."""
     reports = [report for group in ("passed", "failed") for report in terminalreporter.stats.get(group, [])]
+    for line in [value for report in reports for name, value in report.user_properties if name == SOAK]:
+        terminalreporter.write_sep("=", "soak")
+        terminalreporter.write_line(line)
     rows = [json.loads(value) for report in reports for name, value in report.user_properties if name == PROPERTY]
     if rows:
         terminalreporter.write_sep("=", "faults")
