@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,9 @@ FILE = 256_000_000
 HEADER = 4096
 WRITING = 0.6
 """Seconds that writing it may take."""
+PREFIX = "airllm_nb-probe-"
+FORGOTTEN = 3600
+"""Seconds after which what begins with it was left by a process that was killed: measuring takes a few."""
 LITTLE = 0.15
 """A share of what is read that makes no difference."""
 UNTOLD = "this system does not tell what it reads from the disk and what from memory"
@@ -175,6 +179,13 @@ def scratch(folder: Path) -> Path:
     raise Unmeasurable("the disk cannot be measured: the folder for temporary files is not on it")
 
 
+def _remove_forgotten(place: Path) -> None:
+    for left in place.glob(f"{PREFIX}*/"):
+        with contextlib.suppress(OSError):  # another process may be about the same
+            if time.time() - left.stat().st_mtime > FORGOTTEN:
+                shutil.rmtree(left)
+
+
 @contextlib.contextmanager
 def temporary(folder: Path, dtype: torch.dtype) -> Iterator[Checkpoint]:
     """Make a checkpoint of one tensor of random bytes on a folder's disk but elsewhere, and not in the page cache."""
@@ -183,9 +194,10 @@ def temporary(folder: Path, dtype: torch.dtype) -> Iterator[Checkpoint]:
     name = next(name for name, known in DTYPES.items() if known == dtype)
     try:
         place = scratch(folder)
+        _remove_forgotten(place)
         if psutil.disk_usage(str(place)).free < 4 * FILE:
             raise Unmeasurable("the disk cannot be measured: it is nearly full")
-        with tempfile.TemporaryDirectory(prefix="airllm_nb-", dir=place) as made:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=place) as made:
             block, size, end = os.urandom(CHUNK), 0, time.perf_counter() + WRITING
             with Path(made, SINGLE).open("wb", buffering=0) as file:
                 if not Residue(file.fileno()).known:
