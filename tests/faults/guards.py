@@ -25,7 +25,9 @@ class Guard(NamedTuple):
     tests: str
 
 
-WEIGHTS, SETTINGS, MEANWHILE = (f"test_{name}.py" for name in ("damaged_weights", "damaged_settings", "damaged_meanwhile"))
+WEIGHTS, SETTINGS, MEANWHILE, INTERRUPTED = (
+    f"test_{name}.py" for name in ("damaged_weights", "damaged_settings", "damaged_meanwhile", "interrupted_hooks")
+)
 ENGINE = "airllm_nb.engine"
 GUARDS = {
     "small files are looked at before they are opened": Guard(
@@ -90,6 +92,9 @@ GUARDS = {
     ),
     "a chat template may fail in any way": Guard(
         "airllm_nb.engine.prompts", "except Exception as error:", "except KeyError as error:", SETTINGS, "chat_templates"
+    ),
+    "an aborted pass leaves no layer attached": Guard(
+        f"{ENGINE}.runtime", "if self.stream is not None and self.stream.in_use:", "if False:", INTERRUPTED, "compute and none"
     ),
     "an error shows no control characters": Guard(
         "airllm_nb.errors", "cause = _readable(cause)", "pass", SETTINGS, "chat_templates"

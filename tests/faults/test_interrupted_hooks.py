@@ -73,6 +73,8 @@ def test_interrupted_at_every_hook(checkpoint, monkeypatch, record_property, pos
             else:
                 break  # it is not passed as often
             presser.left = 0
+            stream = session.model._runtime.stream
+            assert stream is None or not stream.in_use, "a layer is still attached: the next run would wait for it"
             assert torch.is_grad_enabled()
             text = session.ask(PROMPT, max_new_tokens=NEW, temperature=0).text
             tally.add("right" if text == expected else "lost", repr(text), count)
