@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from airllm_nb.compat import initialize, routing
-from airllm_nb.engine import rows
+from airllm_nb.engine import memory, rows
 from airllm_nb.engine.conversion import Converter
 from airllm_nb.engine.expert_stacks import ExpertStack
 from airllm_nb.engine.experts import ExpertStore
-from airllm_nb.engine.memory import trim
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.pressure import Watch
 from airllm_nb.engine.release import Release
@@ -25,6 +24,7 @@ from airllm_nb.engine.slots import Slot, make_slots
 from airllm_nb.engine.stacked import stacked
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.engine.weights import GroupReader
+from airllm_nb.errors import MemoryBudgetError
 from airllm_nb.events import Event, LayerInfo, LayerRead, LayerReady, LoadBegin, LoadEnd, Source
 
 
@@ -55,7 +55,13 @@ def load_weights(
         Gets what has threads, before they start: whoever owns the list closes it, whatever happens.
     stacks : sequence of ExpertStack
         The experts that are read when they are hit.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If what stays is more than there is.
     """
+    _require_room(plan)
     begin, completed = time.perf_counter(), False
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
     telling = _Telling(runtime)
@@ -88,10 +94,23 @@ def load_weights(
             runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read, groups.unanswered)
             streams.append(runtime.stream)
             runtime.stream.start()
-        trim()
+        memory.trim()
         completed = True
     finally:
         runtime.emit(LoadEnd(time.perf_counter() - begin, completed))
+
+
+def _require_room(plan: Plan) -> None:
+    """Refuse a budget of the user's that is more than there is: the system would end the process while it is filled."""
+    if plan.device.type != "cpu" or plan.shared_nbytes is not None:
+        return
+    left, limit = memory.available(plan.device)
+    if plan.used_nbytes > left:
+        raise MemoryBudgetError(
+            f"{memory.format_size(plan.used_nbytes)} of {plan.name} would stay in memory with this budget, and "
+            f"{'' if limit[0].isupper() else 'the '}{limit} leaves {memory.format_size(left)}.",
+            'Give a smaller budget or memory="auto", or free memory.',
+        )
 
 
 def _experts(groups: GroupReader, plan: ExpertsPlan, stacks: Sequence[ExpertStack], device: torch.device) -> ExpertStore:
