@@ -1,4 +1,4 @@
-"""Within a memory limit, whatever it is and whoever fills it: refused clearly, or the exact text; never killed by the system."""
+"""Within a memory limit, whatever it is: refused clearly, or the exact text; never killed by the system."""
 
 import contextlib
 
