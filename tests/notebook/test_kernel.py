@@ -97,7 +97,7 @@ def test_in_a_kernel(kernel, chat):
     reply, messages = kernel.run("%%airllm --max-new-tokens 120 -o answer\nHello")
     assert reply["status"] == "ok"
     display, result = of_type(messages, "display_data")
-    assert display["data"]["text/plain"] == "<airllm_nb: layers at work>"
+    assert display["data"]["text/plain"] == ""
     assert "application/vnd.jupyter.widget-view+json" in display["data"]
     assert set(result["data"]) == {"text/plain", "text/html"}
     assert result["data"]["text/plain"] == "<airllm_nb: 120 tokens, ended by max-new-tokens>"
