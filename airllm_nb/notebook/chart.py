@@ -13,6 +13,7 @@ WRONG = "#d1495b"
 GOOD = "#3a9d5d"
 FONT = "font-family='sans-serif' font-size='12'"
 ROW, LABEL, WIDTH, NOTE = 20, 70, 620, 220
+LETTER = 7.5
 THREE_DIGITS = 100
 
 Groups = Mapping[str, Mapping[str, tuple[float | None, str]]]
@@ -64,6 +65,7 @@ def bars(groups: Groups, caption: str, *, unit: str = "", wrong: bool = False) -
     -------
     BarChart
     """
+    left = max(LABEL, 8 + LETTER * max((len(label) for rows in groups.values() for label in rows), default=0))
     longest = max((length for rows in groups.values() for length, _ in rows.values() if length), default=1.0)
     parts: list[str] = []
     lines: list[str] = []
@@ -77,10 +79,13 @@ def bars(groups: Groups, caption: str, *, unit: str = "", wrong: bool = False) -
             top += ROW
             words = " · ".join(filter(None, (_number(length, unit), note)))
             colour = INK if length is None else BAR if not wrong else WRONG if length else GOOD
-            parts += _bar(top, label, (length or 0) * (WIDTH - LABEL - NOTE) / longest, words, colour)
+            parts.append(_text(left - 8, top, label, "text-anchor='end'"))
+            bar = max((length or 0) * (WIDTH - left - NOTE) / longest, 2)
+            parts.append(f"<rect x='{left:g}' y='{top - 11}' width='{bar:.1f}' height='13' rx='2' fill='{colour}'/>")
+            parts.append(_text(left + bar + 6, top, words))
             lines.append(f"  {label:{width}}  {words}")
     top += ROW + 6
-    parts.append(_text(LABEL, top, caption, "font-style='italic'"))
+    parts.append(_text(left, top, caption, "font-style='italic'"))
     size = f"viewBox='0 0 {WIDTH} {top + 8}' width='{WIDTH}' height='{top + 8}'"
     svg = f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img' {FONT} fill='{INK}'>{''.join(parts)}</svg>"
     return BarChart(svg, "\n".join([*lines, f"({caption})"]))
@@ -92,16 +97,6 @@ def _number(length: float | None, unit: str) -> str:
         return "fails"
     number = f"{length:.{0 if length >= THREE_DIGITS else 1}f}" if length else "0"
     return f"{number} {unit}".rstrip()
-
-
-def _bar(y: int, label: str, width: float, words: str, colour: str) -> list[str]:
-    """Return one row: label, bar, and what stands behind it."""
-    width = max(width, 2)
-    return [
-        _text(LABEL - 8, y, label, "text-anchor='end'"),
-        f"<rect x='{LABEL}' y='{y - 11}' width='{width:.1f}' height='13' rx='2' fill='{colour}'/>",
-        _text(LABEL + width + 6, y, words),
-    ]
 
 
 def _text(x: float, y: int, text: str, style: str = "") -> str:
