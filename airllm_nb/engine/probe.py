@@ -179,7 +179,7 @@ def layer_overhead() -> float:
             with torch.device("cpu"), torch.no_grad():
                 model = LlamaForCausalLM(config).eval()
                 token, cache, seconds = torch.ones(1, 1, dtype=torch.long), None, []
-                for _ in range(12):
+                for _ in range(24):
                     begin = time.perf_counter()
                     cache = model(token, past_key_values=cache, use_cache=True).past_key_values
                     seconds.append(time.perf_counter() - begin)
