@@ -9,6 +9,7 @@ last bits, and in later versions another way of loading it.)
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +71,11 @@ class AttentionWatch(TorchFunctionMode):
             self._on = True
             _push_on_torch_function_stack(self)  # what entering a mode does
             return call()
+        except KeyboardInterrupt as interrupt:
+            traceback.clear_frames(
+                interrupt.__traceback__
+            )  # a generator of PyTorch's in it would put the watch back when it goes
+            raise
         finally:
             try:
                 self._end()

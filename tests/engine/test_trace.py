@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 import transformers
-from tiny import CONFIGS, LAYERS, VOCABULARY, budgets
+from tiny import CONFIGS, LAYERS, VOCABULARY, budgets, make_checkpoint
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.engine import lens
@@ -305,10 +305,11 @@ def test_what_was_generated_is_as_map_has_it(model):
     assert "".join(model.trace("Hello", max_new_tokens=4).tokens[5:]) == text
 
 
-def test_a_longer_text_before_changes_nothing(checkpoint):
+def test_a_longer_text_before_changes_nothing(tmp_path):
     """A dynamic rotary embedding remembers it, in transformers itself."""
     scaling = {"rope_type": "dynamic", "factor": 4.0}
-    with load(checkpoint(max_position_embeddings=32, rope_scaling=scaling), "all") as model:
+    folder = make_checkpoint(tmp_path / "dynamic", max_position_embeddings=32, rope_scaling=scaling)
+    with load(folder, "all") as model:
         before = model.trace([*range(40)], top_k=0).norms
         model.trace([*range(100)], top_k=0)
         assert torch.equal(model.trace([*range(40)], top_k=0).norms, before)
