@@ -72,9 +72,7 @@ class AttentionWatch(TorchFunctionMode):
             _push_on_torch_function_stack(self)  # what entering a mode does
             return call()
         except KeyboardInterrupt as interrupt:
-            traceback.clear_frames(
-                interrupt.__traceback__
-            )  # a generator of PyTorch's in it would put the watch back when it goes
+            traceback.clear_frames(interrupt.__traceback__)  # a generator of PyTorch's there would put it back later
             raise
         finally:
             try:
