@@ -28,7 +28,7 @@ AXES = 4  # batch, heads, tokens that look, tokens that are looked at
 T = TypeVar("T")
 
 
-class _Seen(NamedTuple):
+class _Attention(NamedTuple):
     """One attention: how many heads, how many tokens look and are looked at, and what gives one head's rows from one on."""
 
     heads: int
@@ -62,7 +62,7 @@ class AttentionWatch(TorchFunctionMode):
         self.found: dict[tuple[int, int], torch.Tensor] = {}
         self._heads = list(heads)
         self._first = first
-        self._seen: list[_Seen] = []  # since the layer before
+        self._seen: list[_Attention] = []  # since the layer before
         self._on = False
 
     def during(self, call: Callable[[], T]) -> T:
@@ -97,10 +97,12 @@ class AttentionWatch(TorchFunctionMode):
         if not self._on:
             return result
         if func is functional.scaled_dot_product_attention and result.dim() == AXES:
-            keys = (args[1] if len(args) > 1 else kwargs["key"]).shape[-2]
-            self._seen.append(_Seen(result.shape[1], result.shape[2], keys, functools.partial(_weights, args, kwargs)))
+            keys = (args[1] if len(args) > 1 else kwargs["key"]).shape[2]
+            _, heads, looking, _ = result.shape
+            self._seen.append(_Attention(heads, looking, keys, functools.partial(_weights, args, kwargs)))
         elif func in SOFTMAX and result.dim() == AXES:
-            self._seen.append(_Seen(result.shape[1], result.shape[2], result.shape[3], functools.partial(_softmaxed, result)))
+            _, heads, looking, looked_at = result.shape
+            self._seen.append(_Attention(heads, looking, looked_at, functools.partial(_softmaxed, result)))
         return result
 
     def leave(self, layer: LayerInfo) -> None:

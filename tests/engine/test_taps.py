@@ -10,6 +10,7 @@ import transformers
 from tiny import CONFIGS, LAYERS, budgets
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.engine import taps
 from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, LayerInfo, PassEnd
 
@@ -238,6 +239,16 @@ def test_a_model_that_calls_itself_without_end_is_refused(checkpoint):
         assert torch.equal(model(IDS).logits, expected)
 
 
+def test_layers_that_return_lists_are_tapped_too():
+    """As those of the first GPT."""
+    hidden = torch.zeros(1, 2, 3)
+    tap = taps.Tap(None, lambda layer, state: state + 1 + layer.before)
+    changed = taps.visit([tap], LayerInfo(0, "h.0", 0, resident=True), torch.nn.Identity(), (hidden,), {}, [hidden, "attention"])
+    assert type(changed) is list
+    assert torch.equal(changed[0], hidden + 1)
+    assert changed[1] == "attention"
+
+
 def test_a_closed_model_that_was_used_is_freed(checkpoint):
     model = load(checkpoint())
     model.close()
@@ -258,12 +269,12 @@ def test_a_closed_model_that_was_used_is_freed(checkpoint):
 def test_without_any_there_are_no_hooks_where_all_stay(checkpoint):
     with load(checkpoint()) as model:
         layers = model.base_model.layers
-        for taps in (0, 2, 0):
-            handles = [model.on_layer(lambda *_: None) for _ in range(taps)]
+        for count in (0, 2, 0):
+            handles = [model.on_layer(lambda *_: None) for _ in range(count)]
             model(IDS)  # takes effect with the next pass
             for layer in layers:
                 tables = (layer._forward_hooks, layer._forward_pre_hooks, layer._forward_hooks_with_kwargs)
-                assert [len(table) for table in tables] == [bool(taps)] * 3
+                assert [len(table) for table in tables] == [bool(count)] * 3
             for handle in handles:
                 handle.remove()
 

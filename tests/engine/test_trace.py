@@ -281,6 +281,28 @@ def test_logits_that_are_capped_otherwise_are_refused_or_known(model, name, monk
     assert not torch.allclose(trace.top_probabilities[-1], expected.values, atol=1e-6)
 
 
+def test_the_final_norm_is_found_by_its_name():
+    """Beside others that come later, and lists of norms."""
+    parts = ("layers", "norm", "per_layer_projection_norm"), ("layer_norm_emb", "layers", "layer_norm1"), ("layers",)
+    for names, found in zip(parts, ("norm", "layer_norm_emb", None), strict=True):
+        inner = torch.nn.Module()
+        for name in names:
+            inner.add_module(name, torch.nn.ModuleList() if name in ("layers", "layer_norm1") else torch.nn.LayerNorm(4))
+        model = torch.nn.Module()
+        model.add_module("model", inner)
+        norm = lens._final_norm(model, "model.layers.3")
+        assert isinstance(norm, torch.nn.Identity) if found is None else norm is getattr(inner, found)
+
+
+def test_a_head_of_another_width_is_refused(model):
+    """Before anything is computed."""
+    model.set_output_embeddings(torch.nn.Linear(32, VOCABULARY))
+    passes = model._runtime.passes
+    with pytest.raises(UnsupportedError, match="its head does not take what its layers give"):
+        model.trace(IDS)
+    assert model._runtime.passes == passes
+
+
 def test_only_what_is_kept_of_attention_takes_memory(model):
     for implementation in ("sdpa", "eager"):
         model.config._attn_implementation = implementation
