@@ -81,9 +81,14 @@ class Lens:
         Raises
         ------
         UnsupportedError
-            If they differ: the model does something else between its last layer and its logits.
+            If they differ: the model does something else between its last layer and its logits. Or if they are no numbers.
         """
         own, seen = logits.float(), self.logits(hidden[None])[0]
+        if own.isnan().any():
+            raise UnsupportedError(
+                f"{self._name} gives no numbers for this text: by a function of on_layer, damaged weights, or a small dtype.",
+                "In Python, model.trace(prompt, top_k=0).norms says from which layer on.",
+            )
         if own.shape != seen.shape or not (own - seen).abs().max() <= self._tolerance * own.abs().max():
             raise self._refusal("its logits are not those of final norm and head")
 

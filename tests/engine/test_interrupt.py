@@ -206,7 +206,7 @@ def test_at_every_line_of_a_trace(checkpoint, keep):
 
         logits = model(IDS).logits
         expected = traced(stop := InterruptAtVisit(files))
-        ends = {1} if keep == "all" else {1, -1}  # the first time that it is come to, or also the last
+        ends = {1, -1} if keep == "all" else {1}  # the first time that it is come to, and the last
         moments = [(line, times % (count + 1)) for line, count in stop.lines.items() for times in sorted(ends)]
         for line, times in moments:
             with pytest.raises(KeyboardInterrupt):

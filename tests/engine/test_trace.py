@@ -328,6 +328,13 @@ def test_what_was_generated_is_as_map_has_it(model):
     assert "".join(model.trace("Hello", max_new_tokens=4).tokens[5:]) == text
 
 
+def test_what_is_no_number_is_told_as_that(model):
+    with model.on_layer(lambda layer, hidden: hidden * torch.nan if layer.index == 2 else None):
+        with pytest.raises(UnsupportedError, match="gives no numbers for this text"):
+            model.trace(IDS)
+        assert model.trace(IDS, top_k=0).norms.isnan().any(dim=1).tolist() == [False, False, False, True, True]
+
+
 def test_a_longer_text_before_changes_nothing(tmp_path):
     """A dynamic rotary embedding remembers it, in transformers itself."""
     scaling = {"rope_type": "dynamic", "factor": 4.0}
