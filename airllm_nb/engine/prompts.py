@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +93,8 @@ def text_or_ids(model: LayeredModel, prompt: TextOrIds) -> list[int]:
         prompt = model.tokenizer(prompt)
     try:
         rows = _rows(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt)
-        masks = _rows(prompt["attention_mask"]) if isinstance(prompt, Mapping) and "attention_mask" in prompt else None
+        mask = prompt.get("attention_mask") if isinstance(prompt, Mapping) else None
+        shown = None if mask is None else _rows(mask, bool)[0]
     except (TypeError, KeyError) as error:
         raise PromptError(
             f"The prompt is neither a text nor the ids of one: it is a {type(prompt).__name__}.",
@@ -101,7 +102,7 @@ def text_or_ids(model: LayeredModel, prompt: TextOrIds) -> list[int]:
         ) from error
     if len(rows) > 1:
         raise PromptError(f"There are {len(rows)} prompts.", "Give one at a time.")
-    ids = rows[0] if masks is None else _without_padding(rows[0], masks[0])
+    ids = rows[0] if shown is None else _without_padding(rows[0], shown)
     if not ids:
         raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
     known = model.get_input_embeddings().weight.shape[0]
@@ -115,8 +116,8 @@ def _require_characters(text: str) -> None:
         raise PromptError(f"The prompt holds {lone[0]!r}, half of a character.", "Remove it, or write the whole character.")
 
 
-def _rows(ids: Any) -> list[list[int]]:
-    """Return whole numbers, of shape (tokens,) or (texts, tokens), as rows; whatever else raises TypeError."""
+def _rows(ids: Any, kind: Callable[[Any], int] = operator.index) -> list[list[int]]:
+    """Return numbers of a kind, of shape (tokens,) or (texts, tokens), as rows; whatever else raises TypeError."""
     if isinstance(ids, (str, bytes, Mapping)):
         raise TypeError
     values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
@@ -124,14 +125,14 @@ def _rows(ids: Any) -> list[list[int]]:
         raise TypeError
     if not any(isinstance(value, (list, tuple)) for value in values):
         values = [values]
-    if any(isinstance(value, bool) for row in values for value in row):
+    if kind is not bool and any(isinstance(value, bool) for row in values for value in row):
         raise TypeError
-    return [list(map(operator.index, row)) for row in values]
+    return [list(map(kind, row)) for row in values]
 
 
-def _without_padding(ids: list[int], mask: list[int]) -> list[int]:
-    """Return the ids that a mask of ones and zeros leaves at the sides."""
-    shown = [place for place, seen in enumerate(mask) if seen]
-    if len(mask) != len(ids) or (shown and len(shown) != shown[-1] - shown[0] + 1):
+def _without_padding(ids: list[int], shown: list[int]) -> list[int]:
+    """Return the ids that a mask leaves; it may hide some at the sides."""
+    places = [place for place, seen in enumerate(shown) if seen]
+    if len(shown) != len(ids) or (places and len(places) != places[-1] - places[0] + 1):
         raise PromptError("The attention mask hides tokens within the text.", "Leave them out of the ids, too.")
-    return ids[shown[0] : shown[-1] + 1] if shown else []
+    return ids[places[0] : places[-1] + 1] if places else []

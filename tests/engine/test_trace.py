@@ -255,6 +255,8 @@ def test_padding_is_left_out(model):
         one = model.trace({name: value[:1] for name, value in padded.items()})
         assert one.ids == alone.ids
         assert torch.equal(one.norms, alone.norms)
+        for mask in (padded["attention_mask"][0].bool(), padded["attention_mask"][0].float().numpy()):
+            assert model.trace({"input_ids": padded["input_ids"][0], "attention_mask": mask}).ids == alone.ids
     with pytest.raises(PromptError, match="hides tokens within the text"):
         model.trace({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]})
     with pytest.raises(PromptError, match="is empty"):
