@@ -67,6 +67,7 @@ class AttentionWatch(TorchFunctionMode):
 
     def during(self, call: Callable[[], T]) -> T:
         """Return what `call` returns, and see what is computed meanwhile."""
+        depth = _len_torch_function_stack()
         try:
             self._on = True
             _push_on_torch_function_stack(self)  # what entering a mode does
@@ -76,13 +77,15 @@ class AttentionWatch(TorchFunctionMode):
             raise
         finally:
             try:
-                self._end()
+                self._end(depth)
             finally:
-                self._end()  # an interrupt may have hit the first; twice does no harm
+                self._end(depth)  # an interrupt may have hit the first; twice does no harm
 
-    def _end(self) -> None:
+    def _end(self, depth: int) -> None:
         self._on = False
         self._seen = []  # queries, keys and values
+        while _len_torch_function_stack() > depth:  # what an interrupt keeps others from leaving, too
+            _pop_torch_function_stack()
         _take_off(lambda mode: mode is self)
 
     def __torch_function__(
