@@ -11,6 +11,7 @@ import transformers
 from tiny import CONFIGS, LAYERS, VOCABULARY, budgets, make_checkpoint
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import versions
 from airllm_nb.engine import lens
 from airllm_nb.engine import trace as trace_module
 from airllm_nb.errors import AirLLMError, PromptError, UnsupportedError
@@ -337,6 +338,7 @@ def test_what_is_no_number_is_told_as_that(model):
         assert model.trace(IDS, top_k=0).norms.isnan().any(dim=1).tolist() == [False, False, False, True, True]
 
 
+@pytest.mark.skipif((5,) <= versions.installed() < (5, 14), reason="these compute it wrongly, and refuse it")
 def test_a_longer_text_before_changes_nothing(tmp_path):
     """A dynamic rotary embedding remembers it, in transformers itself."""
     scaling = {"rope_type": "dynamic", "factor": 4.0}
