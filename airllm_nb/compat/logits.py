@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 
-def last_only(model: Any) -> dict[str, Any]:
+def one_pass(model: Any) -> dict[str, Any]:
     """Return the arguments by which one pass keeps nothing for a next one, and gives logits for the last token alone.
 
     ``num_logits_to_keep`` came with 4.45 and was renamed with 4.49; before, all tokens' logits are computed.

@@ -70,7 +70,8 @@ def require_fit(name: str, limit: int | None, tokens: int | None, new: int) -> N
         raise PromptError("The prompt is empty.", "Write something for the model to go on from.")
     if tokens + min(new, 1) > limit:
         raise PromptError(
-            f"The prompt has {tokens} tokens, and {name} has a context of {limit}.", f"Shorten it to {limit - 1} tokens or fewer."
+            f"The prompt has {tokens} tokens, and {name} has a context of {limit}.",
+            f"Shorten it to {limit - min(new, 1)} tokens or fewer.",
         )
     if tokens + new > limit:
         raise PromptError(

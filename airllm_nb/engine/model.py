@@ -13,7 +13,7 @@ import torch
 from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
-from airllm_nb.engine import context, hub, many, taps, threads, trace
+from airllm_nb.engine import context, hub, many, taps, threads, tracing
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.freeing import free
@@ -186,7 +186,7 @@ class LayeredModel:
     # What can be seen of it
 
     on_layer = taps.on_layer
-    trace = trace.trace
+    trace = tracing.trace
 
     def to(self, *args: Any, **kwargs: Any) -> LayeredModel:
         """Return this model if that is where and what it is already.

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from airllm_nb.engine.away import QUESTIONS, Away
-from airllm_nb.engine.runtime import UNLOADED, Runtime
+from airllm_nb.engine.runtime import Runtime, unloaded
 from airllm_nb.engine.weights import GroupReader, WeightGroup
 
 
@@ -79,7 +79,7 @@ class _LookUp:
         """
         runtime = self._runtime()
         if runtime is None:
-            raise UNLOADED
+            raise unloaded()
         count, width = self._shape
         ids = ids.to("cpu")
         functional.embedding(ids, torch.empty((1, 1), device="cpu").expand(count, 1), padding_idx)  # refuses as it always does

@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from airllm_nb.compat import cache
+from airllm_nb.engine.attention import forget_watches
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.pressure import Watch
 from airllm_nb.engine.release import Release
@@ -26,7 +28,11 @@ from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, ComputeEnd, LayerInfo, Listener, MemoryShort, PassBegin, PassEnd, Source
 
 T = TypeVar("T")
-UNLOADED = AirLLMError("This model was unloaded.", "Load it again.")
+
+
+def unloaded() -> AirLLMError:
+    """Return what is raised by a model that was closed: a new one, since each keeps the frames it was raised through."""
+    return AirLLMError("This model was unloaded.", "Load it again.")
 
 
 class Runtime:
@@ -52,7 +58,9 @@ class Runtime:
         self.listener: Listener | None = None
         """Who is told of events; may be set at any time, also by a listener."""
         self.taps: tuple[Tap, ...] = ()
-        """Who sees what leaves each layer; replaced as a whole, under `taps_lock`."""
+        """Who shall see what leaves each layer, from the next pass on; replaced as a whole, under `taps_lock`."""
+        self.present: tuple[Tap, ...] = ()
+        """Who sees it in this pass. Each pass begins with its own: what an interrupt leaves of one does not reach the next."""
         self.taps_lock = threading.Lock()
         self._layers = [_LayerHooks(self, layer, info) for layer, info in zip(layers, plan.layers, strict=True)]
         self._hooked: tuple[Plan, bool] | None = None
@@ -66,8 +74,8 @@ class Runtime:
         if listener is not None:
             listener(event)
 
-    def run(self, call: Callable[[], T], tokens: int, past: Any) -> T:
-        """Run one forward pass, `call`, over `tokens` new positions with the KV cache `past`.
+    def run(self, call: Callable[[], T], tokens: int, past: Any, *guests: Tap) -> T:
+        """Run one forward pass, `call`, over `tokens` new positions with the KV cache `past`; `guests` see this pass alone.
 
         Whatever happens inside, no layer keeps weights that are not its own, no buffer is lost, and after an abort the cache is
         what it was (unless it is one that ``generate`` made and drops: `keeps_cache`). The clean-up stands in ``finally``, since
@@ -76,8 +84,10 @@ class Runtime:
         """
         with self.lock:
             if self._within_pass():
-                return call()
+                return self._run_within(call, guests)
             self.require_open()
+            self.present = (*self.taps, *guests)
+            forget_watches()
             self.recover()
             self.relieve()
             self._hook_layers()
@@ -95,11 +105,22 @@ class Runtime:
                 return result
             finally:
                 torch.set_grad_enabled(grad)  # an interrupt within no_grad's own exit would leave it off
+                self.present = ()
                 if not completed:
                     self.recover()
                     if restore is not None:
                         restore()
                 self.emit(PassEnd(index, tokens, time.perf_counter() - begin, completed))
+
+    def _run_within(self, call: Callable[[], T], guests: tuple[Tap, ...]) -> T:
+        """Run a pass within a pass. One with guests is no part of what those of the other see."""
+        before = self.present
+        try:
+            if guests:
+                self.present = (*self.taps, *guests)
+            return call()
+        finally:
+            self.present = before
 
     def recover(self) -> None:
         """Take back what an aborted pass has left attached, if it has."""
@@ -139,7 +160,7 @@ class Runtime:
         if self.closed:  # meanwhile, by another thread, which may not have seen this stream
             if self.stream is not None:
                 self.stream.close()
-            raise UNLOADED
+            raise unloaded()
         self._pending = None
         if self.listener is None:
             warnings.warn(news.text, RuntimeWarning, stacklevel=2)
@@ -147,7 +168,7 @@ class Runtime:
     def require_open(self) -> None:
         """Refuse what needs weights that were freed."""
         if self.closed:
-            raise UNLOADED
+            raise unloaded()
 
     def close(self) -> None:
         """Stop telling and computing. Freeing the weights is up to whoever made them."""
@@ -156,14 +177,15 @@ class Runtime:
         self.taps = ()
 
     def _hook_layers(self) -> None:
-        """Put hooks on the layers that stream, and while someone listens or has a tap on all of them."""
-        watched = self.listener is not None or bool(self.taps)
-        if self._hooked is not None and self._hooked[0] is self.plan and self._hooked[1] == watched:
+        """Put hooks on the layers that stream, and while someone listens or sees what leaves them on all of them."""
+        wanted = self.plan, self.listener is not None or bool(self.present)
+        if self._hooked is not None and self._hooked[0] is wanted[0] and self._hooked[1] == wanted[1]:
             return
-        for hooks, info in zip(self._layers, self.plan.layers, strict=True):
+        self._hooked = None  # what an interrupt leaves half done is done again
+        for hooks, info in zip(self._layers, wanted[0].layers, strict=True):
             hooks.info = info
-            hooks.put(wanted=watched or not info.resident)
-        self._hooked = self.plan, watched  # last: what an interrupt leaves half done is done again
+            hooks.put(wanted=wanted[1] or not info.resident)
+        self._hooked = wanted
 
 
 _RUN = Runtime.run.__code__
@@ -180,22 +202,28 @@ class _LayerHooks:
         self.source: Source = "resident"
 
     def put(self, *, wanted: bool) -> None:
-        """Put the hooks on or take them off. They are found by what they are: an interrupt could lose a handle to them."""
+        """Put the hooks on or take them off.
+
+        They are found by what they are: an interrupt could lose a handle to them. That `after` takes keyword arguments is noted
+        first and forgotten last, or it would be called without them; `register_forward_hook` could be interrupted in between.
+        """
         module = self.layer.module
-        tables: tuple[tuple[Any, dict[int, Any], Callable[..., Any]], ...] = (
-            (self.before, module._forward_pre_hooks, module.register_forward_pre_hook),  # noqa: SLF001
-            (self.after, module._forward_hooks, module.register_forward_hook),  # noqa: SLF001
+        with_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001
+        tables: tuple[tuple[dict[int, Any], Callable[..., Any]], ...] = (
+            (module._forward_pre_hooks, self.before),  # noqa: SLF001
+            (module._forward_hooks, self.after),  # noqa: SLF001
         )
-        with_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001  # set by hand: `register` could be interrupted before
-        for hook, table, register in tables:
+        for table, hook in tables:
             numbers = [number for number, other in table.items() if other == hook]
             if wanted and not numbers:
-                numbers.append(register(hook).id)
-            if wanted and hook == self.after:
-                with_kwargs.update(dict.fromkeys(numbers, True))
+                number = RemovableHandle(table).id
+                if hook == self.after:
+                    with_kwargs[number] = True
+                table[number] = hook
             for number in () if wanted else numbers:
                 del table[number]
-                with_kwargs.pop(number, None)
+        for number in with_kwargs.keys() - module._forward_hooks.keys():  # noqa: SLF001
+            del with_kwargs[number]
 
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
         """Fetch the weights, then begin."""
@@ -215,7 +243,7 @@ class _LayerHooks:
     def after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """End, show the output to the taps, then release the weights. Returns what they make of it."""
         seconds = time.perf_counter() - self.began
-        taps = self.runtime.taps
+        taps = self.runtime.present
         changed = visit(taps, self.info, module, args, kwargs, output) if taps else None
         if self.runtime.listener is not None:
             self.runtime.emit(ComputeEnd(self.info.index, self.info.name, self.info.nbytes, seconds, self.source))

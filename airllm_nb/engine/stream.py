@@ -52,6 +52,7 @@ class WeightStream:
         self._slots = list(slots)
         self._states: list[State] = [FREE] * len(slots)
         self._last: int | None = None  # what was taken last
+        self._taker: int | None = None  # by which thread
         self._wanted: int | None = None  # what the computation waits for
         self._next: int | None = self._order[0]  # where reading ahead goes on; None: nowhere, until the next `take`
         self._failed: tuple[int, BaseException] | None = None
@@ -97,7 +98,8 @@ class WeightStream:
         Raises
         ------
         AirLLMError
-            If reading it failed, or takes for ever. The next `take` tries again.
+            If reading it failed, or takes for ever, or this thread holds all slots: one that a layer calls within itself, such
+            as by a function given to ``on_layer``. The next `take` tries again.
         """
         require_here(self._process)
         with self._lock:
@@ -117,9 +119,16 @@ class WeightStream:
                     raise self._failed[1]
                 number = self._slot_of("ready", index)
                 if number is not None:
+                    self._taker = threading.get_ident()
                     self._states[number] = ("used", index)
                     self._wanted = None
                     break
+                if self._taker == threading.get_ident() and not self._may_hold(index):
+                    self._wanted = self._next = None
+                    raise AirLLMError(
+                        "The model was called within itself too often: no memory is left to read a layer into.",
+                        "Call it at most once within a function given to on_layer, or load it with a larger memory=.",
+                    )
                 arrival = self._arrival = queue.SimpleQueue()
             wait(arrival, self._unanswered)
         self._slots[number].begin_use()
@@ -216,6 +225,11 @@ class WeightStream:
 
     def _slot_of(self, state: str, index: int) -> int | None:
         return next((number for number, held in enumerate(self._states) if held == (state, index)), None)
+
+    def _may_hold(self, index: int) -> bool:
+        """Tell whether a slot that a layer fits into is free, or will be without the computing thread's doing."""
+        states = zip(self._slots, self._states, strict=True)
+        return any(state != "used" and slot.nbytes >= self._sizes[index] for slot, (state, _) in states)
 
     def _fitting(self, index: int) -> int | None:
         """Return the smallest free slot that a layer fits into."""

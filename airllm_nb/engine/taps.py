@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,28 +28,42 @@ class LayerVisit(LayerInfo):
     index, name, nbytes, resident
         The layer, as in `airllm_nb.events.LayerInfo`.
     before : torch.Tensor
-        The hidden state that entered it, of shape (batch, tokens, width). A function that returns it has skipped the layer.
+        The hidden state that entered it, of shape (batch, tokens, width), in the model's dtype and on its device. A function that
+        returns it has skipped the layer.
     """
 
     before: torch.Tensor = field(repr=False, compare=False)
-    _compute: list[Callable[[torch.Tensor], torch.Tensor]] = field(repr=False, compare=False)  # empty when the visit is over
+    _compute: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False, compare=False)  # None: it is over
 
     def again(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute the layer once more, on `hidden`; a function that returns what comes out has repeated it.
 
         Works within the visit alone, and without a KV cache: the layer has one place in it, and that is taken.
 
+        Parameters
+        ----------
+        hidden : torch.Tensor
+            Of the shape, dtype and device of what entered the layer.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the same shape, dtype and device.
+
         Raises
         ------
         AirLLMError
-            If there is a KV cache, or the visit is over.
+            If there is a KV cache, the visit is over, or `hidden` is no such tensor.
         """
-        if not self._compute:
+        if self._compute is None:
             raise AirLLMError(
                 f"{self.name} cannot compute again: the function that on_layer called with it has returned.",
                 "Call layer.again(hidden) within the function.",
             )
-        return self._compute[0](hidden)
+        return self._compute(hidden)
+
+    def _end(self) -> None:
+        object.__setattr__(self, "_compute", None)  # or a visit that somebody keeps would keep the model
 
 
 Function = Callable[[LayerVisit, torch.Tensor], "torch.Tensor | None"]
@@ -57,7 +71,7 @@ Function = Callable[[LayerVisit, torch.Tensor], "torch.Tensor | None"]
 
 
 class Tap:
-    """A function that is called with what leaves each layer, until it is removed; a context manager.
+    """A function that is called with what leaves each layer, until it is removed; a context manager that removes it.
 
     Parameters
     ----------
@@ -65,10 +79,16 @@ class Tap:
         Whose layers.
     function : callable(layer, hidden)
         See `LayeredModel.on_layer`.
+
+    Attributes
+    ----------
+    removed : bool
+        Whether it is called no more.
     """
 
     def __init__(self, runtime: Runtime, function: Function) -> None:
         self.function = function
+        self.removed = False
         self._runtime = runtime
 
     def add(self) -> None:
@@ -78,10 +98,13 @@ class Tap:
 
     def remove(self) -> None:
         """Have it called no more, from now on. May be called again."""
+        self.removed = True
         with self._runtime.taps_lock:
             self._runtime.taps = tuple(tap for tap in self._runtime.taps if tap is not self)
 
     def __enter__(self) -> Tap:  # noqa: PYI034  # typing.Self is new in Python 3.11
+        if self.removed:
+            raise AirLLMError("This function was removed from the layers.", "Give it to model.on_layer again.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -99,7 +122,8 @@ def on_layer(model: LayeredModel, function: Function) -> Tap:
     function : callable(layer, hidden)
         `layer` is a `LayerVisit`: the layer's `index` and `name`, `layer.before`, what entered it, and
         ``layer.again(hidden)``, which computes it once more. `hidden` has the shape (batch, tokens, width), and while text
-        is generated with a KV cache only the new tokens. It returns None, or what the next layer shall get instead.
+        is generated with a KV cache only the new tokens. It returns None, or what the next layer shall get instead; a change
+        of `hidden` in place takes effect, too.
 
     Returns
     -------
@@ -109,7 +133,8 @@ def on_layer(model: LayeredModel, function: Function) -> Tap:
     Raises
     ------
     AirLLMError
-        If that is no function. (In the pass: if it returns a tensor of another shape, dtype or device.)
+        If that is no function, or the model was closed. (In the pass: if it returns a tensor of another shape, dtype, device
+        or layout.)
     """
     runtime = model._runtime  # noqa: SLF001
     runtime.require_open()
@@ -128,19 +153,20 @@ def visit(
     Parameters
     ----------
     taps : sequence of Tap
-        In the order in which they were added; each sees what the one before has made of the hidden state.
+        In the order in which they were added; each sees what the one before has made of the hidden state. Those that were
+        removed meanwhile are left out.
     info : LayerInfo
         The layer.
     module : nn.Module
         Its module, with its weights in place.
     args, kwargs
         What it was called with.
-    output : torch.Tensor or tuple
-        What it has returned; of a tuple, which transformers 4 has, the first member is the hidden state.
+    output : torch.Tensor, tuple or list
+        What it has returned; of several, which transformers 4 has, the first one is the hidden state.
 
     Returns
     -------
-    torch.Tensor, tuple or None
+    torch.Tensor, tuple, list or None
         What the layer shall have returned instead; None if nothing is replaced.
 
     Raises
@@ -152,31 +178,40 @@ def visit(
     """
     before, hidden = _entered(args, kwargs), _hidden(output)
     if before is None or hidden is None:
-        raise UnsupportedError(f"What passes through {info.name} of this model is not one hidden state.", "Remove the function.")
+        raise UnsupportedError(
+            f"What passes through {info.name} of this model is not one hidden state.", "Run the model without on_layer and trace."
+        )
 
     def compute(state: torch.Tensor) -> torch.Tensor:
         if cache.within(args[1:], kwargs):
             raise AirLLMError(
                 f"{info.name} cannot compute again: it has one place in the KV cache, and that is taken.",
-                "Pass use_cache=False to the model or to generate.",
+                "Run a pass that keeps none: model.trace(prompt), or use_cache=False for the model or generate.",
             )
+        state = _like(before, state, f"layer.again of {info.name} was given")
         first, rest = ((state, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": state})
-        result = _hidden(module.forward(*first, **rest))
+        try:
+            result = _hidden(module.forward(*first, **rest))
+        except UnsupportedError as error:  # its weights were away
+            raise AirLLMError(
+                f"{info.name} cannot compute again: {error.cause}", "Call layer.again before what else runs the model."
+            ) from error
         assert result is not None
         return result
 
     entered = hidden
-    within: list[Callable[[torch.Tensor], torch.Tensor]] = [compute]
-    layer = LayerVisit(info.index, info.name, info.nbytes, info.resident, before, within)
+    layer = LayerVisit(info.index, info.name, info.nbytes, info.resident, before, compute)
     try:
         for tap in taps:
-            made = tap.function(layer, hidden)
+            made = None if tap.removed else tap.function(layer, hidden)
             if made is not None:
-                hidden = _like(hidden, made, info)
+                hidden = _like(hidden, made, f"The function on {info.name} returned")
     finally:
-        within.clear()  # or a layer that somebody keeps would keep the model
+        layer._end()  # noqa: SLF001
     if hidden is entered:
         return None
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -186,20 +221,26 @@ def _entered(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor |
 
 
 def _hidden(output: Any) -> torch.Tensor | None:
-    value = output[0] if isinstance(output, tuple) and output else output
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _like(hidden: torch.Tensor, made: Any, info: LayerInfo) -> torch.Tensor:
+def _like(hidden: torch.Tensor, made: Any, who: str) -> torch.Tensor:
     """Return what a function has made, if it can stand in place of the hidden state."""
-    if isinstance(made, torch.Tensor) and all(one == other for one, other in zip(_form(made), _form(hidden), strict=True)):
+    if isinstance(made, torch.Tensor) and _form(made) == _form(hidden):
         return made
-    what = " ".join(map(str, _form(made))) if isinstance(made, torch.Tensor) else type(made).__name__
     raise AirLLMError(
-        f"The function on {info.name} returned {what}, and the hidden state is {' '.join(map(str, _form(hidden)))}.",
-        "Return a tensor of the same shape, dtype and device, or None to leave it as it is.",
+        f"{who} {_in_words(made)}, and the hidden state is {_in_words(hidden)}.",
+        "It takes a tensor of the same shape, dtype and device; a function may also return None to leave it as it is.",
     )
 
 
-def _form(tensor: torch.Tensor) -> Iterator[Any]:
-    yield from (tuple(tensor.shape), tensor.dtype, tensor.device)
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.layout
+
+
+def _in_words(made: Any) -> str:
+    if not isinstance(made, torch.Tensor):
+        return type(made).__name__
+    shape, dtype, device, layout = _form(made)
+    return f"{shape} {dtype} {device}" + ("" if layout == torch.strided else f" {layout}")

@@ -32,6 +32,8 @@ QUIET = "opacity:0.8"
 
 CHART_WIDTH, CHART_HEIGHT, MARGIN = 620, 200, 48
 SQUARE, LETTER = 17, 7.5
+BEGIN, SLANT = 0.7, 60
+"""Where a column's name begins, as a share of the column's width, and by how many degrees it is turned."""
 
 
 class Picture:
@@ -49,6 +51,11 @@ class Picture:
 
     def _repr_html_(self) -> str:
         return self.html
+
+
+def line(text: str) -> str:
+    """Return a line of words below the pictures, as HTML."""
+    return f'<div class="airllm-trace" style="{BOX};{QUIET}">{escape(text)}</div>'
 
 
 def lens(trace: Trace, tokens: int, layers: int) -> Picture:
@@ -81,14 +88,14 @@ def lens_words(trace: Trace) -> str:
 def attention(trace: Trace, layer: int, head: int, tokens: int) -> Picture:
     """Draw where each token looks: a row of squares for each, stronger where it looks more."""
     weights = trace.attention[layer, head]
-    columns = range(max(len(trace.ids) - tokens, 0), len(trace.ids))
+    columns = range(max(len(trace.ids) - max(tokens, 1), 0), len(trace.ids))
     rows = range(max(columns.start, trace.first), len(trace.ids))
     labels = 12 + LETTER * max(len(short(trace.tokens[column])) for column in columns)
     width, height = labels + SQUARE * len(columns), labels + SQUARE * len(rows)
     parts = []
     for at, column in enumerate(columns):
-        x, y = labels + SQUARE * (at + 0.7), labels - 5
-        parts.append(_text(x, y, short(trace.tokens[column]), f"transform='rotate(-60 {x:.0f} {y:.0f})'"))
+        x, y = labels + SQUARE * (at + BEGIN), labels - 5
+        parts.append(_text(x, y, short(trace.tokens[column]), f"transform='rotate(-{SLANT} {x:.0f} {y:.0f})'"))
     for down, row in enumerate(rows):
         y = labels + SQUARE * down
         parts.append(_text(labels - 6, y + 13, short(trace.tokens[row]), "text-anchor='end'"))
@@ -96,7 +103,9 @@ def attention(trace: Trace, layer: int, head: int, tokens: int) -> Picture:
         for at, column in enumerate(columns):
             if column <= row:  # what comes later cannot be seen
                 parts.append(_square(labels + SQUARE * at, y, looks[column]))
-    picture = _image(width + labels / 2, height + 4, parts, f"Attention of head {head} in layer {layer}")
+    picture = _image(
+        width + labels * math.cos(math.radians(SLANT)), height + 4, parts, f"Attention of head {head} in layer {layer}"
+    )
     note = "Each row is a token, and shows how much it looks at the tokens before it and at itself: together, 100%."
     return Picture(f"Attention of head {head} in layer {layer}", picture, note)
 

@@ -11,7 +11,7 @@ import torch
 from tiny import budgets
 
 from airllm_nb import LayeredModel, plan
-from airllm_nb.engine import runtime
+from airllm_nb.engine import attention, runtime, taps, tracing
 from airllm_nb.events import LoadEnd, PassEnd
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
@@ -164,3 +164,88 @@ def test_at_every_line_of_a_pass(checkpoint):
             model.progress = None
             assert torch.equal(model(IDS).logits, expected)
     assert interrupted > 60
+
+
+class InterruptAtVisit:
+    """Presses stop when the computing thread comes to a line for the n-th time; notes which lines of some files it comes to."""
+
+    def __init__(self, files, line=None, times=1):
+        self.files = files
+        self.line = line
+        self.left = times
+        self.lines = {}
+
+    def __call__(self, frame, event, _arg):
+        if frame.f_code.co_filename not in self.files:
+            return None
+        if event == "line":
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.lines[line] = self.lines.get(line, 0) + 1
+            self.left -= line == self.line
+            if line == self.line and self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_at_every_line_of_a_trace(checkpoint, keep):
+    """Also of PyTorch's that takes modes off its stack: no function and no mode stays for longer than until the next pass."""
+    folder = checkpoint()
+    memory = budgets(plan(folder, device="cpu", dtype="float32"))[keep]
+    files = {part.__file__ for part in (attention, runtime, taps, tracing, torch.overrides)}
+    before = sys.gettrace()
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=memory) as model:
+
+        def traced(stop):
+            sys.settrace(stop)
+            try:
+                return model.trace(IDS, heads=[(1, 1)], top_k=0)
+            finally:
+                sys.settrace(before)
+                torch.set_grad_enabled(True)  # as above
+
+        logits = model(IDS).logits
+        expected = traced(stop := InterruptAtVisit(files))
+        ends = {1, -1} if keep == "all" else {1}  # the first time that it is come to, and the last
+        moments = [(line, times % (count + 1)) for line, count in stop.lines.items() for times in sorted(ends)]
+        for line, times in moments:
+            with pytest.raises(KeyboardInterrupt):
+                traced(InterruptAtVisit(files, line, times))
+            assert torch.equal(model(IDS).logits, logits), line
+            assert torch.overrides._len_torch_function_stack() == 0, line
+            assert not model._runtime.taps
+            assert not model._runtime.present
+            for layer in model.base_model.layers:
+                on = [len(table) for table in (layer._forward_hooks, layer._forward_pre_hooks, layer._forward_hooks_with_kwargs)]
+                assert on == [keep == "none"] * 3, line
+        again = traced(None)
+        assert torch.equal(again.norms, expected.norms)
+        assert torch.equal(again.attention[1, 1], expected.attention[1, 1])
+    assert len(moments) > 150
+
+
+def test_a_layer_alone_can_compute_after_an_interrupt_while_its_hooks_are_put_on(checkpoint):
+    """A hook that takes keyword arguments would fail without them, in every later pass."""
+    with LayeredModel.from_pretrained(checkpoint(), device="cpu", dtype="float32") as model:
+        expected = model(IDS).logits
+        stop = InterruptAtVisit({runtime.__file__})
+        model.progress = lambda _: None
+        before = sys.gettrace()
+        sys.settrace(stop)
+        model(IDS)
+        sys.settrace(before)
+        begin = runtime._LayerHooks.put.__code__.co_firstlineno
+        lines = [line for line in stop.lines if begin < line[1] < begin + 30]
+        assert len(lines) > 8
+        for line in lines:
+            model.progress = None
+            model(IDS)  # without hooks
+            model.progress = lambda _: None
+            sys.settrace(InterruptAtVisit({runtime.__file__}, line))
+            with pytest.raises(KeyboardInterrupt):
+                model(IDS)
+            sys.settrace(before)
+            hidden = model.get_input_embeddings()(IDS)
+            positions = model.base_model.rotary_emb(hidden, torch.arange(IDS.shape[1])[None])
+            model.base_model.layers[0](hidden, position_ids=torch.arange(IDS.shape[1])[None], position_embeddings=positions)
+            assert torch.equal(model(IDS).logits, expected)

@@ -1,6 +1,8 @@
 """`model.on_layer`: hidden states read and replaced between layers, on every version, and nothing left behind."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import transformers
 from tiny import CONFIGS, LAYERS, budgets
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.engine import taps
 from airllm_nb.errors import AirLLMError
 from airllm_nb.events import ComputeBegin, LayerInfo, PassEnd
 
@@ -177,15 +180,101 @@ def test_it_may_remove_itself(model):
     assert calls == [0]
 
 
+def test_one_that_is_added_within_a_pass_sees_the_next_one(model):
+    calls = []
+
+    def add(layer, _hidden):
+        if layer.index == 1 and not calls:
+            calls.append("added")
+            model.on_layer(lambda layer, _: calls.append(layer.index))
+
+    model.on_layer(add)
+    model(IDS)
+    assert calls == ["added"]
+    model(IDS)
+    assert calls == ["added", *range(LAYERS)]
+
+
+def test_one_that_is_removed_by_another_is_called_no_more(model):
+    calls = []
+    model.on_layer(lambda layer, _: second.remove() if layer.index == 1 else None)
+    second = model.on_layer(lambda layer, _: calls.append(layer.index))
+    model(IDS)
+    assert calls == [0]
+    with pytest.raises(AirLLMError, match="was removed"), second:
+        pass
+
+
+@pytest.mark.parametrize(
+    "made", [None, 3, torch.zeros(1, 3, 64), torch.zeros(1, 5, 8), torch.zeros(1, 5, 64, dtype=torch.float64)], ids=str
+)
+def test_a_layer_computes_again_on_what_entered_it_or_the_like(model, made):
+    with (
+        model.on_layer(lambda layer, _: layer.again(made)),
+        pytest.raises(AirLLMError, match=r"layer.again of model.layers.0 was"),
+    ):
+        model(IDS, use_cache=False)
+
+
+def test_a_layer_whose_weights_went_away_meanwhile_says_so(checkpoint):
+    def run_the_model_first(layer, hidden):
+        if layer.index == 1 and not entered:
+            entered.append(layer)
+            entered.append(model(IDS, use_cache=False))
+            layer.again(hidden)
+
+    entered = []
+    with load(checkpoint(), "none") as model:
+        with model.on_layer(run_the_model_first), pytest.raises(AirLLMError, match="Call layer.again before what else runs"):
+            model(IDS, use_cache=False)
+        assert torch.equal(model(IDS).logits, entered[1].logits)
+
+
+def test_a_model_that_calls_itself_without_end_is_refused(checkpoint):
+    """Rather than to wait for memory that only this thread could give back."""
+    with load(checkpoint(), "none") as model:
+        expected = model(IDS).logits
+        with model.on_layer(lambda *_: model(IDS) and None), pytest.raises(AirLLMError, match="within itself too often"):
+            model(IDS)
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_layers_that_return_lists_are_tapped_too():
+    """As those of the first GPT."""
+    hidden = torch.zeros(1, 2, 3)
+    tap = taps.Tap(None, lambda layer, state: state + 1 + layer.before)
+    changed = taps.visit([tap], LayerInfo(0, "h.0", 0, resident=True), torch.nn.Identity(), (hidden,), {}, [hidden, "attention"])
+    assert type(changed) is list
+    assert torch.equal(changed[0], hidden + 1)
+    assert changed[1] == "attention"
+
+
+def test_a_closed_model_that_was_used_is_freed(checkpoint):
+    model = load(checkpoint())
+    model.close()
+    kept = weakref.ref(model._hf)
+
+    def use(model, argument):
+        with pytest.raises(AirLLMError, match="unloaded"):
+            model(IDS)
+        return weakref.ref(argument)
+
+    argument = use(model, torch.zeros(1))
+    del model
+    gc.collect()
+    assert kept() is None
+    assert argument() is None
+
+
 def test_without_any_there_are_no_hooks_where_all_stay(checkpoint):
     with load(checkpoint()) as model:
         layers = model.base_model.layers
-        for taps in (0, 2, 0):
-            handles = [model.on_layer(lambda *_: None) for _ in range(taps)]
+        for count in (0, 2, 0):
+            handles = [model.on_layer(lambda *_: None) for _ in range(count)]
             model(IDS)  # takes effect with the next pass
             for layer in layers:
                 tables = (layer._forward_hooks, layer._forward_pre_hooks, layer._forward_hooks_with_kwargs)
-                assert [len(table) for table in tables] == [bool(taps)] * 3
+                assert [len(table) for table in tables] == [bool(count)] * 3
             for handle in handles:
                 handle.remove()
 

@@ -8,10 +8,12 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 import transformers
-from tiny import CONFIGS, LAYERS, VOCABULARY, budgets
+from tiny import CONFIGS, LAYERS, VOCABULARY, budgets, make_checkpoint
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import versions
 from airllm_nb.engine import lens
+from airllm_nb.engine import trace as trace_module
 from airllm_nb.errors import AirLLMError, PromptError, UnsupportedError
 from airllm_nb.events import ComputeEnd
 
@@ -130,7 +132,9 @@ def test_only_the_last_tokens(model):
 def test_prompts_of_all_kinds(model):
     expected = model.trace("Hello").top_ids
     encoded = model.tokenizer("Hello", return_tensors="pt")
-    for prompt in (encoded, encoded["input_ids"], encoded["input_ids"][0], tuple(b"Hello")):
+    arrays = {name: value.numpy() for name, value in encoded.items()}
+    of_arrays = (arrays, arrays["input_ids"], arrays["input_ids"][0])
+    for prompt in (encoded, encoded["input_ids"], encoded["input_ids"][0], tuple(b"Hello"), *of_arrays):
         trace = model.trace(prompt)
         assert torch.equal(trace.top_ids, expected)
         assert trace.tokens == tuple("Hello")
@@ -151,6 +155,30 @@ def test_prompts_of_all_kinds(model):
         ([1], {"top_k": -1}, "top_k is -1."),
         ([1], {"last": 0}, "last is 0."),
         ([1], {"max_new_tokens": -1}, "max_new_tokens is -1."),
+        ([1] * 129, {}, "Shorten it to 128 tokens or fewer."),
+        ([1] * 128, {"max_new_tokens": 1}, "Shorten it to 127 tokens or fewer."),
+        (None, {}, "it is a NoneType."),
+        (3, {}, "it is a int."),
+        (["Hello"], {}, "it is a list."),
+        ([1.7, 2.2], {}, "it is a list."),
+        ([True], {}, "it is a list."),
+        ([1, [2]], {}, "it is a list."),
+        (torch.tensor(5), {}, "it is a Tensor."),
+        (torch.tensor([1.5]), {}, "it is a Tensor."),
+        (torch.ones(1, 1, 3, dtype=torch.long), {}, "it is a Tensor."),
+        ({"x": 1}, {}, "it is a dict."),
+        (b"Hello", {}, "it is a bytes."),
+        ("a\ud800", {}, "half of a character"),
+        ([1], {"top_k": "5"}, "top_k is '5'."),
+        ([1], {"top_k": 2.5}, "top_k is 2.5."),
+        ([1], {"top_k": True}, "top_k is True."),
+        ([1], {"last": 1.5}, "last is 1.5."),
+        ([1], {"max_new_tokens": None}, "max_new_tokens is None."),
+        ([1], {"heads": 5}, "heads is 5."),
+        ([1], {"heads": (0, 1)}, "heads is (0, 1)."),
+        ([1], {"heads": None}, "heads is None."),
+        ([1], {"heads": [(0,)]}, "heads is [(0,)]."),
+        ([1], {"heads": [(1.9, 0.7)]}, "heads is [(1.9, 0.7)]."),
     ],
 )
 def test_bad_input(model, prompt, options, said):
@@ -179,6 +207,7 @@ def test_a_head_that_computes_otherwise_is_refused(model):
 @pytest.mark.parametrize("times", [0, 2])
 def test_attention_that_cannot_be_seen_is_refused(model, times):
     """A layer that computes none, or several."""
+    said = "has no attention that could be seen" if times == 0 else "computed attention 2 times"
     hidden = torch.zeros(1, 4, 7, 16)
 
     def instead(*_args, **_kwargs):
@@ -187,7 +216,7 @@ def test_attention_that_cannot_be_seen_is_refused(model, times):
         return (torch.zeros(1, 7, 64), None, None)[: 3 if transformers.__version__ < "4.48" else 2]
 
     model.base_model.layers[1].self_attn.forward = instead
-    with pytest.raises(UnsupportedError, match=r"model.layers.1 has no attention that could be seen"):
+    with pytest.raises(UnsupportedError, match=f"model.layers.1 {said}"):
         model.trace(IDS, heads=[(1, 0)])
 
 
@@ -214,8 +243,143 @@ def test_a_long_text_is_taken_in_pieces(model, monkeypatch):
     monkeypatch.setattr(lens.Lens, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
     monkeypatch.setattr(lens, "CHUNK", 4 * VOCABULARY * 3)
     trace = model.trace(IDS)
-    assert sizes == [3, 3, 1] * LAYERS + [1]
+    assert sizes == [1, *[3, 3, 1] * LAYERS, 1]  # the first and the last one are checks
     assert torch.equal(trace.top_ids, whole.top_ids)
+
+
+def test_padding_is_left_out(model):
+    """As a tokenizer gives it: the mask says what of it is the text."""
+    alone = model.trace("Hello")
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        padded = model.tokenizer(["Hello", "What is it?"], return_tensors="pt", padding=True)
+        one = model.trace({name: value[:1] for name, value in padded.items()})
+        assert one.ids == alone.ids
+        assert torch.equal(one.norms, alone.norms)
+        for mask in (padded["attention_mask"][0].bool(), padded["attention_mask"][0].float().numpy()):
+            assert model.trace({"input_ids": padded["input_ids"][0], "attention_mask": mask}).ids == alone.ids
+    with pytest.raises(PromptError, match="hides tokens within the text"):
+        model.trace({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]})
+    with pytest.raises(PromptError, match="is empty"):
+        model.trace({"input_ids": [1, 2, 3], "attention_mask": [0, 0, 0]})
+
+
+@pytest.mark.parametrize("name", lens.CAPS)
+def test_logits_that_are_capped_otherwise_are_refused_or_known(model, name, monkeypatch):
+    """A cap that changes the logits by less than a hundredth of the largest."""
+    ids = torch.tensor([IDS])
+    cap = 5 * model(ids).logits.abs().max().item()
+    forward = type(model.get_output_embeddings()).forward
+    trace = model.trace(IDS)
+
+    def capped(head, hidden):
+        return torch.tanh(forward(head, hidden) / cap) * cap if hidden.dim() == 3 else forward(head, hidden)  # of a pass
+
+    monkeypatch.setattr(model.get_output_embeddings(), "forward", capped.__get__(model.get_output_embeddings()))
+    with pytest.raises(UnsupportedError, match="no logit lens"):
+        model.trace(IDS)
+    setattr(model.config, name, cap)
+    expected = torch.softmax(model(ids).logits[0], dim=-1).topk(5)
+    assert torch.allclose(model.trace(IDS).top_probabilities[-1], expected.values, atol=1e-6)
+    assert not torch.allclose(trace.top_probabilities[-1], expected.values, atol=1e-6)
+
+
+def test_the_final_norm_is_found_by_its_name():
+    """Beside others that come later, and lists of norms."""
+    parts = ("layers", "norm", "per_layer_projection_norm"), ("layer_norm_emb", "layers", "layer_norm1"), ("layers",)
+    for names, found in zip(parts, ("norm", "layer_norm_emb", None), strict=True):
+        inner = torch.nn.Module()
+        for name in names:
+            inner.add_module(name, torch.nn.ModuleList() if name in ("layers", "layer_norm1") else torch.nn.LayerNorm(4))
+        model = torch.nn.Module()
+        model.add_module("model", inner)
+        norm = lens._final_norm(model, "model.layers.3")
+        assert isinstance(norm, torch.nn.Identity) if found is None else norm is getattr(inner, found)
+
+
+def test_a_head_of_another_width_is_refused(model):
+    """Before anything is computed."""
+    model.set_output_embeddings(torch.nn.Linear(32, VOCABULARY))
+    passes = model._runtime.passes
+    with pytest.raises(UnsupportedError, match="its head does not take what its layers give"):
+        model.trace(IDS)
+    assert model._runtime.passes == passes
+
+
+def test_only_what_is_kept_of_attention_takes_memory(model):
+    for implementation in ("sdpa", "eager"):
+        model.config._attn_implementation = implementation
+        found = model.trace(IDS, heads=[(1, 1)], top_k=0, last=2).attention[1, 1]
+        assert found.untyped_storage().nbytes() == found.nbytes == 4 * 2 * len(IDS)
+
+
+def test_what_was_generated_is_as_map_has_it(model):
+    """Of the checkpoint's generation config counts what says of the text, not how it is made or told."""
+    expected = model.trace("Hello", max_new_tokens=4).ids
+    for name, value in {
+        "num_beams": 3,
+        "max_time": 1e-9,
+        "return_dict_in_generate": True,
+        "stop_strings": ["no such text"],
+    }.items():
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        assert model.trace("Hello", max_new_tokens=4).ids == expected
+        setattr(model.generation_config, name, before)
+    model.generation_config.repetition_penalty = 50.0
+    (text,) = model.map(["Hello"], raw=True, max_new_tokens=4)
+    assert "".join(model.trace("Hello", max_new_tokens=4).tokens[5:]) == text
+
+
+def test_what_is_no_number_is_told_as_that(model):
+    with model.on_layer(lambda layer, hidden: hidden * torch.nan if layer.index == 2 else None):
+        with pytest.raises(UnsupportedError, match="gives no numbers for this text"):
+            model.trace(IDS)
+        assert model.trace(IDS, top_k=0).norms.isnan().any(dim=1).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.skipif((5,) <= versions.installed() < (5, 14), reason="these compute it wrongly, and refuse it")
+def test_a_longer_text_before_changes_nothing(tmp_path):
+    """A dynamic rotary embedding remembers it, in transformers itself."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    folder = make_checkpoint(tmp_path / "dynamic", max_position_embeddings=32, rope_scaling=scaling)
+    with load(folder, "all") as model:
+        before = model.trace([*range(40)], top_k=0).norms
+        model.trace([*range(100)], top_k=0)
+        assert torch.equal(model.trace([*range(40)], top_k=0).norms, before)
+
+
+def test_a_trace_within_a_trace(model):
+    """Each sees its own pass alone."""
+    expected, inner = model.trace(IDS), []
+
+    def look(layer, _hidden):
+        if layer.index == 0 and not inner:
+            inner.append(None)
+            inner.append(model.trace(IDS[:3], heads=[(1, 1)]))
+
+    with load(model.path, "all") as other:
+        model = other
+        with model.on_layer(look):
+            outer = model.trace(IDS)
+    assert torch.equal(outer.norms, expected.norms)
+    assert torch.allclose(inner[1].norms, expected.norms[:, :3], atol=1e-5)
+
+
+def test_a_head_that_is_computed_twice_is_refused_for_that(model):
+    with (
+        model.on_layer(lambda layer, hidden: layer.again(hidden)),
+        pytest.raises(UnsupportedError, match="computed attention 2 times"),
+    ):
+        model.trace(IDS, heads=[(1, 1)])
+
+
+def test_states_that_are_not_the_tokens_are_refused_for_that(model):
+    """As of a model that pads a text for its layers."""
+    with pytest.raises(UnsupportedError, match=r"one state for each of 7 tokens: model.layers.0 gives \(1, 8, 64\)"):
+        embed = model.get_input_embeddings()
+        embed.register_forward_hook(lambda _module, _args, output: torch.cat([output, output[:, :1]], dim=1))
+        model.trace(IDS)
 
 
 def test_an_interrupt_leaves_nothing(model):
@@ -260,6 +424,12 @@ def test_pictures_show_as_much_as_they_are_asked_for(model):
     with pytest.raises(AirLLMError, match=re.escape("Ask for it: model.trace(prompt, heads=[(2, 0)]).")):
         trace.attention_picture(2, 0)
     assert repr(trace) == f"Trace({model.name}: 26 tokens, 4 layers, 1 heads)"
+
+
+def test_of_many_heads_a_notebook_shows_some(model):
+    html = model.trace(IDS, heads=[(layer, head) for layer in range(4) for head in range(4)])._repr_html_()
+    assert len(images(html)) == 1 + trace_module.HEADS_SHOWN
+    assert "8 more heads: trace.attention_picture(layer, head)" in html
 
 
 def test_one_token_has_pictures_too(model):
