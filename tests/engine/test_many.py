@@ -11,7 +11,8 @@ from tiny import make_checkpoint
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import dynamic, padding, versions
-from airllm_nb.engine import many, memory
+from airllm_nb.engine import batch_sizes, memory
+from airllm_nb.engine.prompts import encode
 from airllm_nb.engine.results import ResultsError
 from airllm_nb.errors import AirLLMError, PromptError
 from airllm_nb.events import BatchBegin, BatchEnd, ComputeBegin, LayerRead, LayerReady, PassBegin
@@ -62,7 +63,7 @@ def told(model):
 def alone(model, prompt):
     """What generate gives for one prompt, to a model that has not seen another one."""
     dynamic.forget(model)
-    ids = torch.tensor([many.prompts.encode(model, prompt, None, raw=True)])
+    ids = torch.tensor([encode(model, prompt, None, raw=True)])
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 257}
     new = model.generate(ids, **options)[0, ids.shape[1] :]
     return model.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -209,7 +210,7 @@ def test_a_model_without_padding_token(families):
 
 
 def test_the_chat_template(model):
-    ids = many.prompts.encode(model, "Hi", "Be brief.", raw=False)
+    ids = encode(model, "Hi", "Be brief.", raw=False)
     asked = [model.tokenizer.decode(ids)]
     assert model.map(["Hi"], system="Be brief.", max_new_tokens=NEW) == model.map(asked, raw=True, max_new_tokens=NEW)
 
@@ -266,7 +267,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(model, told,
 def test_the_batch_is_as_large_as_memory_allows(model, told, monkeypatch):
     prompts = [f"{number:02}" for number in range(50)]
     model.map(prompts, max_new_tokens=2, raw=True)
-    assert batches(told) == [many.MOST_ROWS, 50 - many.MOST_ROWS]
+    assert batches(told) == [batch_sizes.MOST_ROWS, 50 - batch_sizes.MOST_ROWS]
     told.clear()
     each = 2 * 4 * 2 * 16 * 4 * 4  # keys and values, layers, heads, width, tokens, bytes: of the KV caches alone
     monkeypatch.setattr(memory, "available", lambda *_, **__: (memory.ACTIVATIONS + each * 40, "available memory"))
