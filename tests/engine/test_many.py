@@ -212,7 +212,7 @@ def test_a_row_ends_at_a_stop_string_of_the_checkpoint(families, monkeypatch, pr
 
 
 def test_widths_that_differ_by_layer(model, monkeypatch):
-    monkeypatch.setattr(model.config, "intermediate_size", [16, 32, 16, 32])  # as Gemma 3n's
+    monkeypatch.setitem(vars(model.config), "intermediate_size", [16, 32, 16, 32])  # as Gemma 3n's
     assert len(model.map(["a"], max_new_tokens=1, raw=True)) == 1
 
 
