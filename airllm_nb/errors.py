@@ -62,4 +62,4 @@ class HubError(AirLLMError):
 
 
 class PromptError(AirLLMError):
-    """The prompt is empty, or does not fit the model's context."""
+    """What is asked makes no sense: an empty prompt or a table of them, a length beyond the context, an option out of range."""

@@ -164,8 +164,8 @@ class ComputeEnd(Event):
 class BatchBegin(Event):
     """The next `rows` prompts of a map are about to be answered together, with up to `tokens` new tokens each.
 
-    ``done`` of the `total` prompts have an answer, of which `computed` in this call: the others were in the file of results, or
-    are the same prompt again.
+    ``done`` of the `total` prompts have an answer, of which `computed` in this call, equal ones that share a row among them: the
+    others were in the file of results.
     """
 
     rows: int

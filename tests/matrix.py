@@ -29,7 +29,10 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = ["compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_many.py", "notebook/test_doctor.py"]
+CHECKS = [
+    "compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_many.py",
+    "engine/test_results.py", "notebook/test_doctor.py",
+]  # fmt: skip
 CACHES = ["engine/test_taps.py", "engine/test_trace.py", "notebook/test_conversation.py", "notebook/test_continue.py"]
 """What depends on how layers are called and KV caches kept: on the oldest and the last of version 4, which differ in it."""
 WITH_CACHES = ("4.43.4", "4.57.6")

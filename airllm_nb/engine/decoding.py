@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
+import operator
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +26,8 @@ OF_THE_CHECKPOINT = frozenset((
     "repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "suppress_tokens",
     "begin_suppress_tokens", "renormalize_logits", "remove_invalid_values",
 ))  # fmt: skip
-"""What a checkpoint's generation config decides. All else in it (beams, other caches, other methods, lengths) is ours: text is
-shown as it comes, which needs one sequence."""
+"""What a checkpoint's generation config decides. All else in it (beams, other caches, other methods, lengths) is ours: a
+prompt has one text, which is taken token by token as it comes."""
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 """Beyond these, scores divided by it leave the range of float32, or of any use."""
@@ -40,15 +44,15 @@ class Sampling:
     Parameters
     ----------
     max_new_tokens : int
-        The text's largest length.
+        The text's largest length in tokens, from 1 up.
     temperature : float
-        0 takes the most likely token every time (greedy); above 0 samples.
+        What the logits are divided by, from `LEAST_TEMPERATURE` to `MOST_TEMPERATURE`; 0 takes the most likely token every time.
     top_p : float, optional
-        Sample from the most likely tokens that have this probability together.
+        Sample from the most likely tokens that have this probability together: above 0 and up to 1.
     seed : int, optional
-        Makes sampling repeatable, and leaves PyTorch's own random state as it was.
-    stop : tuple of str
-        The text ends before the first of these.
+        Makes sampling repeatable: from 0 up to 2^63 - 1.
+    stop : sequence of str
+        The text ends before the first of these. Kept as a tuple.
 
     Raises
     ------
@@ -63,6 +67,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_new_tokens < 1:
             raise PromptError(f"max-new-tokens is {self.max_new_tokens}.", "Ask for 1 token or more.")
         if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
@@ -78,6 +83,25 @@ class Sampling:
             raise PromptError(f"The seed is {self.seed}.", "Use a whole number from 0 up.")
         if "" in self.stop:
             raise PromptError("A stop text is empty.", "Write the text at which to stop, or leave it out.")
+
+    def _check_types(self) -> None:
+        """Make numbers of any library Python's own; refuse what only looks like one, and a text in place of several."""
+        kinds = {"max_new_tokens": _whole, "seed": _whole, "temperature": _real, "top_p": _real}
+        for name, number in kinds.items():
+            value = getattr(self, name)
+            if value is None and name in ("seed", "top_p"):
+                continue
+            try:
+                object.__setattr__(self, name, number(value))  # frozen
+            except TypeError:
+                kind = "number" if number is _real else "whole number"
+                cause = f"{name.replace('_', '-')} is {reprlib.repr(value)}, which is no {kind}."
+                raise PromptError(cause, f"Give a {kind}.") from None
+        said: Any = self.stop
+        texts = tuple(said) if isinstance(said, Iterable) and not isinstance(said, str) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise PromptError(f"stop is {reprlib.repr(said)}.", 'Give a list of texts, such as stop=["\\n"].')
+        object.__setattr__(self, "stop", texts)
 
     def options(self, model: LayeredModel) -> dict[str, Any]:
         """Return what ``generate`` takes; whatever the checkpoint says beyond `OF_THE_CHECKPOINT` is put back to its default."""
@@ -98,6 +122,18 @@ class Sampling:
             options["top_p"] = self.top_p
         options["logits_processor"] = [_Finite(model)]
         return options
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
 
 
 @contextlib.contextmanager
@@ -152,6 +188,11 @@ class _Finite:
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(scores.max()):  # NaN wins over all numbers
+            if self._model._runtime.taps:  # noqa: SLF001
+                raise UnsupportedError(
+                    f"What {self._model.name} computes is not a number, with functions of yours on its layers.",
+                    "See what they return; without them it should be one.",
+                )
             dtype = str(self._model.dtype).removeprefix("torch.")
             raise UnsupportedError(
                 f"What {self._model.name} computes is not a number: its weights are damaged, or {dtype} overflows.",

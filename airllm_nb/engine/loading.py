@@ -66,7 +66,8 @@ def load_weights(
     runtime.emit(LoadBegin(plan.name, str(plan.device), str(plan.dtype).removeprefix("torch."), plan.layers))
     telling = _Telling(runtime)
     try:
-        for group in filter(None, (skeleton.always, None if plan.by_rows else skeleton.embedding)):
+        others = list(filter(None, (skeleton.always, None if plan.by_rows else skeleton.embedding)))
+        for group in others:
             groups.load(group, plan.device)
         if plan.by_rows and skeleton.embedding is not None:
             rows.attach(skeleton.embedding, groups, runtime, plan.device)
@@ -88,7 +89,7 @@ def load_weights(
             telling(plan.layers[index], stream, layer_groups[index], slot.host)
 
         if plan.device.type == "cpu":
-            runtime.watch = Watch(skeleton.layers, plan)
+            runtime.watch = Watch(skeleton.layers, plan, others)
             runtime.release = Release(skeleton.layers, read, groups.unanswered, streams)
         if streamed:
             runtime.stream = WeightStream(streamed, make_slots(list(plan.window), plan.device), read, groups.unanswered)

@@ -11,6 +11,7 @@ from airllm_nb.engine.memory import ACTIVATIONS, format_size
 from airllm_nb.engine.plan import Plan
 from airllm_nb.engine.residency import release
 from airllm_nb.engine.skeleton import Layer
+from airllm_nb.engine.weights import WeightGroup
 from airllm_nb.events import MemoryShort
 
 ENOUGH = ACTIVATIONS
@@ -40,10 +41,14 @@ class Watch:
         The model's, as loaded.
     plan : Plan
         How they were loaded.
+    others : sequence of WeightGroup
+        What stays beside them.
     """
 
-    def __init__(self, layers: Sequence[Layer], plan: Plan) -> None:
+    def __init__(self, layers: Sequence[Layer], plan: Plan, others: Sequence[WeightGroup] = ()) -> None:
         self._layers = layers
+        self._others = () if plan.shared_nbytes is not None else others
+        self._others_loaded = [group.state() for group in self._others]
         self._loaded = (
             {} if plan.shared_nbytes is not None else {i.index: layers[i.index].group.state() for i in plan.layers if i.resident}
         )
@@ -82,6 +87,14 @@ class Watch:
             plan.layers,
             f"{text}, and nothing more can be released: this model needs at least {format_size(plan.least)}. "
             "Free memory, or the system may end this process.",
+        )
+
+    def changed(self, plan: Plan) -> bool:
+        """Tell whether weights that stay are not what was loaded, as far as `WeightGroup.state` notices; never of shared ones."""
+        return [group.state() for group in self._others] != self._others_loaded or any(
+            self._layers[layer.index].group.state() != self._loaded.get(layer.index)
+            for layer in plan.layers
+            if layer.resident and self._loaded
         )
 
     def _less(self, plan: Plan, nbytes: int) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ CELL = "padding:3px 14px 3px 0;text-align:left;vertical-align:top;white-space:pr
 
 
 @dataclass(frozen=True, repr=False)
-class Answers:
+class Answers(Sequence[str | None]):
     """The result of a map; it is a sequence of its texts.
 
     Attributes
@@ -34,7 +35,8 @@ class Answers:
     texts : tuple of str or None
         The answers in the same order; None for those that a stop came before.
     computed : int
-        How many of them this call has computed: the others were in the file of results.
+        How many of them this call has given, equal ones that were computed once among them: the others were in the file of
+        results.
     seconds : float
         From the begin of the first batch to the end of the last.
     settings : Settings
@@ -57,7 +59,7 @@ class Answers:
 
     @property
     def seconds_per_prompt(self) -> float:
-        """Amortised: the seconds, shared among all prompts that were computed in them; 0.0 if none was."""
+        """Amortised: the seconds, shared among all prompts that they gave an answer to; 0.0 if there was none."""
         return self.seconds / self.computed if self.computed else 0.0
 
     def to_pandas(self) -> Any:
@@ -73,7 +75,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, index: int) -> str | None:
+    def __getitem__(self, index: Any) -> Any:
         return self.texts[index]
 
     def __iter__(self) -> Iterator[str | None]:
@@ -81,6 +83,8 @@ class Answers:
 
     def __str__(self) -> str:
         """Say how it went, in one line."""
+        if not self.prompts:
+            return "There were no prompts to answer."
         made = f"{self.done} of {len(self)} prompts answered"
         if not self.computed:
             return f"{made}, all of them before" if self.done else made

@@ -12,7 +12,7 @@ from airllm_nb.engine import decoding
 from airllm_nb.errors import PromptError
 from airllm_nb.events import Event, PassBegin
 from airllm_nb.notebook import randomness
-from airllm_nb.notebook.progress import Progress, Renderer
+from airllm_nb.notebook.progress import Progress, Renderer, listener_of_user
 from airllm_nb.notebook.run_state import Ended, RunState
 from airllm_nb.notebook.streaming import TextStream, Unseen
 from airllm_nb.notebook.summary import Answer, Interrupted, LayerTotals, Settings, Stopped
@@ -167,7 +167,7 @@ class Run:
         self, new_renderer: Callable[[], Renderer], write: Callable[[str], object], stop: threading.Event, *, again: bool
     ) -> Stopped:
         """Generate what is missing, and return how the text ends."""
-        outside = randomness.state()
+        outside, listener = randomness.state(), listener_of_user(self.model)
         aside = again or self._sampling.seed is not None
         wanted = self._wanted - (self._point.made if self._point else 0)
         state = RunState(self.model.name, self.model.layers, wanted, memory_left(self.model), self._recorder)
@@ -183,7 +183,7 @@ class Run:
             write(text)
 
         def leave() -> None:
-            self.model.progress = None
+            self.model.progress = listener
             self._settle()
             if aside:
                 randomness.put_back(outside)

@@ -70,7 +70,7 @@ class LastRun:
         self.run = run if run.limited else None
 
     def take_back(self, run: Run) -> None:
-        """Note that they did not get it after all."""
+        """Note that they did not get it, or not all of it: it can be gone on with."""
         run.limited, self.run = False, run
 
     def begin(
@@ -132,8 +132,7 @@ class LastRun:
             with quiet():
                 yield
         except KeyboardInterrupt as interrupt:
-            if run is not None:
-                run.limited, self.run = False, run
+            self.take_back(run)
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half computed
             stopped = run.interrupted()
             self.answer = stopped.answer

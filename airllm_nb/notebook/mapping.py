@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat.config import quiet
 from airllm_nb.engine.decoding import Sampling
-from airllm_nb.engine.many import as_texts
+from airllm_nb.engine.many import each_text
 from airllm_nb.events import BatchEnd, Event
 from airllm_nb.notebook.answers import Answers, MapInterrupted
 from airllm_nb.notebook.progress import Renderer, drawn
@@ -18,11 +19,9 @@ from airllm_nb.notebook.verdict import memory_left
 if TYPE_CHECKING:
     import os
     import threading
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from airllm_nb import LayeredModel
-
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
 
 
 def run(
@@ -41,8 +40,8 @@ def run(
     MapInterrupted
         If the user interrupts, or `halt` is set; its `answers` hold what was complete.
     """
-    asked = as_texts(prompts)
-    sampling = Sampling(**{name: options[name] for name in SAMPLING if name in options})
+    asked = list(_until(halt, each_text(prompts)))
+    sampling = Sampling(**{part.name: options[part.name] for part in dataclasses.fields(Sampling) if part.name in options})
     settings = Settings.of(model, sampling, options.get("system"))
     state = RunState(model.name, model.layers, sampling.max_new_tokens, memory_left(model))
     texts: dict[int, str] = {}
@@ -60,10 +59,18 @@ def run(
                     texts.update(event.texts)
                 progress(event)
 
-            texts.update(enumerate(model.map(asked, results=results, progress=listen, **options)))
+            texts.update(enumerate(model.map(_until(halt, asked), results=results, progress=listen, **options)))
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so the KV cache of the batch
         made = answers()
         goes_on = "the same again goes on" if results is not None else "with results in a file, the next call would go on"
         raise MapInterrupted(f"stopped after {made.done} of {len(asked)} prompts: {goes_on}", made) from None
     return answers()
+
+
+def _until(halt: threading.Event, texts: Iterable[str]) -> Iterator[str]:
+    """Go through texts until somebody stops it: there are no layers yet before which that could be seen."""
+    for text in texts:
+        if halt.is_set():
+            raise KeyboardInterrupt
+        yield text

@@ -74,10 +74,10 @@ class OneAtATime:
             self._tell()
 
     def end(self) -> None:
-        """Close whoever watches, stop what is under way, and wait for it."""
+        """Close whoever watches, stop what is under way on another thread, and wait for it."""
         for watcher in list(self.watchers):
             watcher.close()
-        while self.busy:
+        while self._owner not in {None, threading.get_ident()}:
             self.stop.set()  # again and again: what has just begun takes a stop for one of what was before
             time.sleep(PAUSE)
 

@@ -1,4 +1,4 @@
-"""When a run is drawn: one listener collects the engine's events, and has what they add up to drawn now and then."""
+"""Who listens to a run, and when it is drawn: one listener collects events, and has what they add up to drawn now and then."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from airllm_nb.events import ComputeBegin, ComputeEnd, Event, Fetching, LayerRea
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from airllm_nb import LayeredModel
+    from airllm_nb.events import Listener
     from airllm_nb.notebook.run_state import Ended, RunState
     from airllm_nb.notebook.summary import LayerTotals
 
@@ -132,3 +134,21 @@ def drawn(state: RunState, renderer: Renderer, stop: threading.Event | None = No
         raise
     finally:
         progress.finish(ended)
+
+
+def listener_of_user(model: LayeredModel) -> Listener | None:
+    """Return whom the user has put there to be told of events: one of ours is there only if an interrupt has left it behind."""
+    listener = model.progress
+    ours = str(getattr(listener, "__module__", None)).startswith(f"{__package__}.")
+    return None if ours else listener
+
+
+@contextlib.contextmanager
+def listening(model: LayeredModel, listener: Listener) -> Iterator[None]:
+    """Let one of ours be told of events for a while, in place of the user's own."""
+    before = listener_of_user(model)
+    try:
+        model.progress = listener
+        yield
+    finally:
+        model.progress = before

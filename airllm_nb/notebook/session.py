@@ -15,7 +15,7 @@ from airllm_nb.notebook.imports import import_engine
 from airllm_nb.notebook.interrupts import interrupt_later
 from airllm_nb.notebook.last_run import LastRun
 from airllm_nb.notebook.one_at_a_time import OneAtATime, SessionError
-from airllm_nb.notebook.progress import Renderer, drawn
+from airllm_nb.notebook.progress import Renderer, drawn, listening
 from airllm_nb.notebook.run_state import RunState
 from airllm_nb.notebook.summary import Answer, Interrupted
 
@@ -258,12 +258,9 @@ class Session:
             from airllm_nb.notebook.verdict import memory_left
 
             state = RunState(model.name, model.layers, 1, memory_left(model))
-            with drawn(state, renderer or self._new_renderer(), self._turns.stop) as progress:
-                model.progress = progress
-                try:
-                    return model.trace(self._last.text[:-1], last=last)
-                finally:
-                    model.progress = None
+            drawing = drawn(state, renderer or self._new_renderer(), self._turns.stop)
+            with drawing as progress, listening(model, progress):
+                return model.trace(self._last.text[:-1], last=last)
 
     def map(self, prompts: Iterable[str], *, renderer: Renderer | None = None, **options: Any) -> Answers:
         """Answer many prompts, of which each pass over the layers serves a whole batch.
@@ -333,6 +330,7 @@ class Session:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
+        self._refuse_nesting()
         run: Run | None = None
         try:
             self._turns.enter()
@@ -350,6 +348,19 @@ class Session:
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
             self._turns.leave()
+
+    def _refuse_nesting(self) -> None:
+        """Refuse a call from within another one: by looking at who calls, since an interrupt might leave a flag behind."""
+        frame, calls = sys._getframe(1).f_back, 0  # noqa: SLF001  # Python has no other name for it
+        while frame is not None:
+            calls += frame.f_code in _CALLS and frame.f_locals.get("self") is self
+            frame = frame.f_back
+        if calls > 1:
+            raise SessionError("This was called from within a run, which has the model.", "Call it before or after that run.")
+
+
+_TAKE_TURNS = ("load", "ask", "chat", "proceed", "trace", "map", "forget", "unload")
+_CALLS = frozenset(getattr(Session, name).__code__ for name in _TAKE_TURNS)
 
 
 def _check(model: str, *, memory: str = "auto", **options: Any) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airllm_nb.errors import PromptError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
 COLUMN = re.compile(r"(\w+)(?:\.(\w+)|\[(.+)\])")
 FIELDS = ("prompt", "text", "question")
-"""What a JSON object of a line may call its prompt; the first that it has."""
+"""What a JSON object may call its prompt; the first that it has."""
 
 
 def prompts(word: str, names: Mapping[str, Any]) -> Iterable[str]:
@@ -23,8 +22,9 @@ def prompts(word: str, names: Mapping[str, Any]) -> Iterable[str]:
     Parameters
     ----------
     word : str
-        A variable's name; ``df.column`` or ``df["column"]``; or a file with a prompt on each line, which is JSON (a string, or an
-        object with one of `FIELDS`) where its name ends in ``.jsonl``.
+        A variable's name; ``df.column``, ``df["column"]`` or ``df[0]``; or a file with a prompt on each line. Where its name ends
+        in ``.jsonl`` or ``.ndjson``, each line is JSON (a string, or an object with one of `FIELDS`); where it ends in ``.json``,
+        the file is a JSON list of those.
     names : mapping
         The user's variables.
 
@@ -34,48 +34,85 @@ def prompts(word: str, names: Mapping[str, Any]) -> Iterable[str]:
         If there is no such thing, or it holds no prompts.
     """
     if word in names:
-        return _checked(word, names[word])
+        return _of_variable(word, names[word])
     if (found := COLUMN.fullmatch(word)) and found[1] in names:
-        return _checked(word, _column(word, names[found[1]], found[2] or found[3].strip("\"'")))
-    path = Path(word).expanduser()
-    if not path.is_file():
-        raise PromptError(
-            f"There is neither a variable nor a file {word!r}.",
-            "Name a list, a column such as df.question, or a file with a prompt on each line.",
-        )
+        return _of_column(word, names[found[1]], found[2] or found[3].strip("\"'"))
+    path = _file(word)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{word} cannot be read as text: {error}.", "Save it as UTF-8, a prompt on each line.") from error
-    read = _read_json if path.suffix in (".jsonl", ".ndjson") else _read_text
-    return [read(word, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    said = list(_of_text(word, text, path.suffix.lower()))
+    if not said:
+        raise PromptError(f"{word} holds no prompts.", "Write one on each line.")
+    return said
 
 
-def _checked(word: str, value: Any) -> Iterable[str]:
-    if hasattr(value, "columns"):
-        raise PromptError(f"{word} is a table.", f'Name one of its columns: {word}["{next(iter(value.columns), "column")}"].')
+def _file(word: str) -> Path:
+    try:
+        path = Path(word).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):  # too long, with NUL in it, the folder of nobody
+        pass
+    raise PromptError(
+        f"There is neither a variable nor a file {reprlib.repr(word)}.",
+        "Name a list (without braces), a column such as df.question, or a file with a prompt on each line.",
+    )
+
+
+def _is_table(value: Any) -> bool:
+    return hasattr(value, "columns") and not callable(value.columns)
+
+
+def _of_variable(word: str, value: Any) -> Iterable[str]:
+    if _is_table(value):
+        column = next(iter(value.columns), "column")
+        said = f'"{column}"' if isinstance(column, str) else column
+        raise PromptError(f"{word} is a table.", f"Name one of its columns: {word}[{said}].")
     return value  # type: ignore[no-any-return]  # the engine looks at what it holds
 
 
-def _column(word: str, table: Any, name: str) -> Any:
+def _of_column(word: str, table: Any, name: str) -> Iterable[str]:
+    keys: list[Any] = [name]
+    if name.isdecimal() and (_is_table(table) or isinstance(table, Mapping)):
+        keys.append(int(name))
+    for key in keys:
+        try:
+            column = table[key]
+        except (KeyError, TypeError, IndexError, ValueError):
+            continue
+        if _is_table(column):
+            raise PromptError(f"There are several columns {word}.", "Rename them, or put the one you mean into a variable.")
+        return column  # type: ignore[no-any-return]  # as above
+    raise PromptError(f"There is no {word}: {name!r} names no column.", "Look at what the variable holds.")
+
+
+def _of_text(word: str, text: str, suffix: str) -> Iterable[str]:
+    if suffix == ".json":
+        said = _parsed(text)
+        if not isinstance(said, list):
+            raise PromptError(
+                f"{word} is no JSON list.", "Write a list of prompts, or name it .jsonl and write one on each line."
+            )
+        return (_prompt(f"Item {number} (from 0 on) of {word}", item) for number, item in enumerate(said))
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    if suffix in (".jsonl", ".ndjson"):
+        return (_prompt(f"Line {number} of {word}", _parsed(line)) for number, line in lines)
+    return (line.removesuffix("\r") for _, line in lines)
+
+
+def _parsed(text: str) -> Any:
     try:
-        return table[name]
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise PromptError(f"There is no {word}: {name!r} names no column.", "Look at what the variable holds.") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _read_text(_word: str, _number: int, line: str) -> str:
-    return line.removesuffix("\r")
-
-
-def _read_json(word: str, number: int, line: str) -> str:
-    try:
-        said = json.loads(line)
-    except ValueError:
-        said = None
+def _prompt(where: str, said: Any) -> str:
     if isinstance(said, dict):
         said = next((said[name] for name in FIELDS if name in said), None)
     if not isinstance(said, str):
         one_of = ", ".join(f'"{name}"' for name in FIELDS)
-        raise PromptError(f"Line {number} of {word} has no prompt.", f"Write a JSON string, or an object with one of {one_of}.")
+        raise PromptError(f"{where} has no prompt.", f"Write a JSON string, or an object with one of {one_of}.")
     return said

@@ -1,9 +1,9 @@
 """Many prompts share their passes and get the texts that each would get alone; what is complete survives whatever happens."""
 
-import json
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -11,10 +11,10 @@ from tiny import make_checkpoint
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import dynamic, padding, versions
-from airllm_nb.engine import many, memory
-from airllm_nb.engine.results import ResultsError
+from airllm_nb.engine import batch_sizes, memory
+from airllm_nb.engine.prompts import encode
 from airllm_nb.errors import AirLLMError, PromptError
-from airllm_nb.events import BatchBegin, BatchEnd, ComputeBegin, LayerRead, LayerReady, PassBegin
+from airllm_nb.events import BatchBegin, BatchEnd, LayerRead, LayerReady, PassBegin
 
 PROMPTS = ["Why is the sky blue?", "Hi", "Tell me of the sea.", "Hi", "One, two, three, four, five", "abcdefgh", "xy"]
 NEW = 10
@@ -59,11 +59,11 @@ def told(model):
     return events
 
 
-def alone(model, prompt):
+def alone(model, prompt, **more):
     """What generate gives for one prompt, to a model that has not seen another one."""
     dynamic.forget(model)
-    ids = torch.tensor([many.prompts.encode(model, prompt, None, raw=True)])
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 257}
+    ids = torch.tensor([encode(model, prompt, None, raw=True)])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 257} | more
     new = model.generate(ids, **options)[0, ids.shape[1] :]
     return model.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -199,6 +199,56 @@ def test_a_row_that_ends_does_not_cut_the_others(model, monkeypatch):
     assert model.map(PROMPTS, max_new_tokens=NEW, raw=True, stop=[end]) == [text.partition(end)[0] for text in whole]
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], ["Hello", "Worl!", "abcde"]])
+def test_a_row_ends_at_a_stop_string_of_the_checkpoint(families, monkeypatch, prompts):
+    model = families("llama", "padded-with-text")
+    model.tokenizer.pad_token = "!"  # an ordinary token, with which transformers fills rows that have ended
+    whole = model.map(prompts, max_new_tokens=NEW, raw=True)
+    end = next(character for character in whole[0][2:] if character.isascii())
+    monkeypatch.setattr(model.generation_config, "stop_strings", [end])
+    ended = model.map(prompts, max_new_tokens=NEW, raw=True)
+    assert ended == [alone(model, prompt, tokenizer=model.tokenizer) for prompt in prompts]
+    assert len(ended[0]) < len(whole[0])
+
+
+def test_widths_that_differ_by_layer(model, monkeypatch):
+    monkeypatch.setitem(vars(model.config), "intermediate_size", [16, 32, 16, 32])  # as Gemma 3n's
+    assert len(model.map(["a"], max_new_tokens=1, raw=True)) == 1
+
+
+def test_nothing_comes_between_forgetting_and_generating(model, monkeypatch):
+    held = []
+    monkeypatch.setattr(dynamic, "forget", lambda model: held.append(model._runtime.lock._is_owned()))
+    model.map(["a"], max_new_tokens=1, raw=True)
+    assert held == [True]
+
+
+def test_two_maps_at_once_leave_no_listener(model):
+    inside = threading.Event()
+
+    def prompts():
+        inside.set()
+        yield "a"
+
+    second = threading.Thread(target=lambda: model.map(prompts(), max_new_tokens=2, raw=True))
+
+    def listen(event):
+        if type(event) is PassBegin and not inside.is_set():
+            second.start()
+            assert inside.wait(30)
+
+    model.map(["b"], max_new_tokens=2, raw=True, progress=listen)
+    second.join()
+    assert model.progress is None
+
+
+def test_a_closed_model_says_so_first(families):
+    with LayeredModel.from_pretrained(families("llama").path, device="cpu", dtype="float32") as model:
+        pass
+    with pytest.raises(AirLLMError, match="was unloaded"):
+        model.map(["a" * 1000])
+
+
 def test_a_model_without_padding_token(families):
     model = families("gpt2", "no-padding", pad_token_id=None)
     tokenizer = model.tokenizer
@@ -209,7 +259,7 @@ def test_a_model_without_padding_token(families):
 
 
 def test_the_chat_template(model):
-    ids = many.prompts.encode(model, "Hi", "Be brief.", raw=False)
+    ids = encode(model, "Hi", "Be brief.", raw=False)
     asked = [model.tokenizer.decode(ids)]
     assert model.map(["Hi"], system="Be brief.", max_new_tokens=NEW) == model.map(asked, raw=True, max_new_tokens=NEW)
 
@@ -221,6 +271,8 @@ def test_sampling(model):
     assert first == model.map(["Hi"] * 4, seed=1, **options)
     assert first != model.map(["Hi"] * 4, seed=2, **options)
     assert len(set(first)) > 1  # equal prompts are not equal texts
+    neighbour = [model.map(["Hi"] * 4, seed=seed, batch=1, **options) for seed in (1, 2)]
+    assert not set(neighbour[0]) & set(neighbour[1])
     assert torch.equal(torch.get_rng_state(), state)
     model.map(["Hi"], **options)
     assert not torch.equal(torch.get_rng_state(), state)
@@ -253,20 +305,43 @@ class Table(list):
         (["a"], {"max_new_tokens": 500}, "Prompt 0 .*500 new ones"),
         (["a"], {"max_new_tokens": 0}, "max-new-tokens is 0"),
         (["a"], {"batch": 0}, "batch is 0"),
+        (["a"], {"batch": True}, "batch is True"),
+        (["a"], {"batch": 1.5}, "batch is 1.5"),
+        (["a"], {"stop": "abc"}, "stop is 'abc'"),
+        (["a"], {"stop": None}, "stop is None"),
+        (["a"], {"stop": [5]}, r"stop is \[5\]"),
+        (["a"], {"max_new_tokens": 1.5}, "max-new-tokens is 1.5, which is no whole number"),
+        (["a"], {"max_new_tokens": True}, "max-new-tokens is True"),
+        (["a"], {"max_new_tokens": None}, "max-new-tokens is None"),
+        (["a"], {"temperature": "0.7"}, "temperature is '0.7', which is no number"),
+        (["a"], {"temperature": None}, "temperature is None"),
+        (["a"], {"temperature": float("nan")}, "temperature is nan"),
+        (["a"], {"temperature": 1.0, "top_p": "1"}, "top-p is '1'"),
+        (["a"], {"temperature": 1.0, "seed": 1.5}, "seed is 1.5"),
+        (["a"], {"system": 5}, "system prompt is no text, but int"),
+        (["a"], {"raw": "no"}, "raw is 'no'"),
+        (["a"], {"progress": 5}, "progress is 5"),
+        (np.array("a"), {}, "are a ndarray"),
         (["a"], {"batch": "all"}, "batch is 'all'"),
         (["a"], {"top_p": 0.5}, "top-p has no effect"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_computed(model, told, prompts, options, cause):
     with pytest.raises(PromptError, match=cause):
-        model.map(prompts, raw=True, **{"max_new_tokens": 2} | options)
+        model.map(prompts, **{"max_new_tokens": 2, "raw": True} | options)
     assert not not_read(told)
+
+
+def test_numbers_of_any_library(model):
+    expected = model.map(["a", "bc"], max_new_tokens=2, raw=True, temperature=0.5, seed=1, batch=2)
+    numbers = {"max_new_tokens": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(1), "batch": np.int64(2)}
+    assert model.map(["a", "bc"], raw=True, **numbers) == expected
 
 
 def test_the_batch_is_as_large_as_memory_allows(model, told, monkeypatch):
     prompts = [f"{number:02}" for number in range(50)]
     model.map(prompts, max_new_tokens=2, raw=True)
-    assert batches(told) == [many.MOST_ROWS, 50 - many.MOST_ROWS]
+    assert batches(told) == [batch_sizes.MOST_ROWS, 50 - batch_sizes.MOST_ROWS]
     told.clear()
     each = 2 * 4 * 2 * 16 * 4 * 4  # keys and values, layers, heads, width, tokens, bytes: of the KV caches alone
     monkeypatch.setattr(memory, "available", lambda *_, **__: (memory.ACTIVATIONS + each * 40, "available memory"))
@@ -276,142 +351,6 @@ def test_the_batch_is_as_large_as_memory_allows(model, told, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda *_, **__: (0, "available memory"))
     model.map(prompts[:3], max_new_tokens=2, raw=True)
     assert batches(told) == [1, 1, 1]
-
-
-# The file of results
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "results.jsonl"
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def test_what_is_in_the_file_is_not_computed_again(model, told, file):
-    options = {"max_new_tokens": NEW, "raw": True, "results": file}
-    expected = model.map(PROMPTS, max_new_tokens=NEW, raw=True)
-    told.clear()
-    assert model.map(PROMPTS[:3], **options) == expected[:3]
-    assert sorted(line["index"] for line in lines(file)) == [0, 1, 2]
-    told.clear()
-    assert model.map(PROMPTS, **options) == expected
-    assert batches(told) == [3]  # the fourth is the second once more
-    assert {line["index"]: line["text"] for line in lines(file)} == dict(enumerate(expected))
-    told.clear()
-    assert model.map(PROMPTS, **options) == expected
-    assert not passes(told)
-    (found,) = not_read(told)
-    assert found.texts == dict(enumerate(expected))
-
-
-def test_a_line_that_was_not_written_to_its_end(model, file):
-    options = {"max_new_tokens": NEW, "raw": True, "results": file, "batch": 2}
-    expected = model.map(PROMPTS, **options)
-    whole = file.read_bytes()
-    for cut in (1, 10, len(whole.splitlines()[-1]), len(whole) - 3):
-        file.write_bytes(whole[:-cut])
-        assert model.map(PROMPTS, **options) == expected
-        assert {line["index"]: line["text"] for line in lines(file)} == dict(enumerate(expected))
-
-
-def test_a_file_of_something_else_is_refused_and_not_touched(model, families, file):
-    options = {"max_new_tokens": 2, "raw": True, "results": file}
-    model.map(PROMPTS, **options)
-    before = file.read_bytes()
-    for prompts, changed, cause in (
-        (PROMPTS[::-1], {}, "another prompt"),
-        (PROMPTS[:2], {}, "there are 2 prompts"),
-        (PROMPTS, {"raw": False}, "another prompt"),
-        (PROMPTS, {"max_new_tokens": 3}, "other settings"),
-        (PROMPTS, {"stop": ["x"]}, "other settings"),
-    ):
-        with pytest.raises(ResultsError, match=cause) as refusal:
-            model.map(prompts, **options | changed)
-        assert "another file" in refusal.value.remedy
-        assert file.read_bytes() == before
-    with pytest.raises(ResultsError, match="another model"):
-        families("mistral").map(PROMPTS, **options)
-    for text in (
-        "hello\n",
-        '{"index": 0}\n',
-        '{"index": "0", "key": "a-b-c", "text": ""}\n',
-        "[]\n",
-        "\n",
-        "\xff\n",
-        "my notes",
-        '{"a": 1}',
-    ):
-        file.write_bytes(text.encode("latin-1"))
-        with pytest.raises(ResultsError, match="Line 1 .* is no result"):
-            model.map(PROMPTS, **options)
-        assert file.read_bytes() == text.encode("latin-1")
-
-
-def test_other_weights_of_the_same_shape_are_another_model(families, file):
-    options = {"max_new_tokens": 2, "raw": True, "results": file}
-    model = families("llama", "copy")
-    model.map(["a"], **options)
-    weights = next(model.path.glob("*.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    with LayeredModel.from_pretrained(model.path, device="cpu", dtype="float32") as trained, pytest.raises(ResultsError):
-        trained.map(["a"], **options)
-
-
-@pytest.mark.parametrize("where", ["missing/results.jsonl", "."])
-def test_a_file_that_cannot_be_written(model, told, tmp_path, where):
-    with pytest.raises(ResultsError, match="cannot be kept") as refusal:
-        model.map(PROMPTS, max_new_tokens=2, raw=True, results=tmp_path / where)
-    assert "folder that exists" in refusal.value.remedy
-    assert not passes(told)
-
-
-class InterruptAt:
-    """Presses stop at the n-th layer that computes."""
-
-    def __init__(self, count):
-        self.left = count
-        self.thread = threading.get_ident()
-
-    def __call__(self, event):
-        if type(event) is ComputeBegin and threading.get_ident() == self.thread:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-
-def test_an_interrupt_keeps_what_is_complete(model, file):
-    options = {"max_new_tokens": 4, "raw": True, "results": file, "batch": 2}
-    expected = model.map(PROMPTS, max_new_tokens=4, raw=True)
-    layers, kept = len(model.layers), []
-    for _ in range(10):
-        try:
-            texts = model.map(PROMPTS, progress=InterruptAt(4 * layers + 3), **options)
-            break
-        except KeyboardInterrupt:
-            kept.append(len(lines(file)))
-            assert model.progress is None
-            assert torch.is_grad_enabled()
-    assert texts == expected
-    assert kept == [2, 4]  # the third call had less to do than what comes before the interrupt
-    assert model.map(PROMPTS, max_new_tokens=4, raw=True) == expected
-
-
-def test_rows_that_have_ended_survive_the_others(model, file, monkeypatch):
-    whole = model.map(PROMPTS, max_new_tokens=NEW, raw=True)
-    end = next(text[3] for text in whole if text[3].isascii() and not all(text[3] in other for other in whole))
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [257, ord(end)])
-    expected = model.map(PROMPTS, max_new_tokens=NEW, raw=True)
-    with pytest.raises(KeyboardInterrupt):
-        model.map(PROMPTS, max_new_tokens=NEW, raw=True, results=file, progress=InterruptAt((NEW - 1) * len(model.layers)))
-    kept = {line["index"]: line["text"] for line in lines(file)}
-    assert 0 < len(kept) < len(PROMPTS)
-    assert all(expected[index] == text for index, text in kept.items())
-    assert model.map(PROMPTS, max_new_tokens=NEW, raw=True, results=file) == expected
 
 
 @pytest.mark.skipif(versions.installed() < (4, 45), reason="an older transformers does not take the option")

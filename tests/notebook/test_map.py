@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -9,9 +10,10 @@ from airllm_nb.errors import AirLLMError, PromptError
 from airllm_nb.events import BatchBegin, BatchEnd, ComputeBegin, ComputeEnd, LayerInfo, PassBegin, PassEnd
 from airllm_nb.notebook import sources, strip
 from airllm_nb.notebook.answers import MOST_ROWS, Answers, MapInterrupted
+from airllm_nb.notebook.one_at_a_time import SessionError
 from airllm_nb.notebook.renderers import SilentRenderer
 from airllm_nb.notebook.run_state import RunState
-from airllm_nb.notebook.summary import Settings
+from airllm_nb.notebook.summary import Interrupted, Settings
 from airllm_nb.notebook.verdict import time_left
 
 PROMPTS = ["Hello", "How are you?", "Hi"]
@@ -72,9 +74,74 @@ def test_files(tmp_path):
         lines.write_text(f'"one"\n{line}\n', encoding="utf-8")
         with pytest.raises(PromptError, match="Line 2 .* has no prompt"):
             sources.prompts(str(lines), {})
+    lines.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(PromptError, match="Line 1 .* has no prompt"):
+        sources.prompts(str(lines), {})
     text.write_bytes(b"\xff\xfe\n")
     with pytest.raises(PromptError, match="cannot be read as text"):
         sources.prompts(str(text), {})
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, said in (("prompts.txt", "Hello"), ("prompts.jsonl", '"Hello"'), ("UPPER.JSONL", '{"prompt": "Hello"}')):
+        (tmp_path / name).write_text(said, encoding="utf-8-sig")
+        assert sources.prompts(str(tmp_path / name), {}) == ["Hello"]
+
+
+def test_a_json_file_is_a_list(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text('["one", {"text": "two"}]')
+    assert sources.prompts(str(file), {}) == ["one", "two"]
+    for text, cause in (
+        ('{"prompt": "one"}', "is no JSON list"),
+        ('["one", 2]', "Item 1 .* has no prompt"),
+        ("[]", "no prompts"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PromptError, match=cause):
+            sources.prompts(str(file), {})
+
+
+def test_an_empty_file_says_so(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(PromptError, match="holds no prompts"):
+        sources.prompts(str(tmp_path / "empty.txt"), {})
+
+
+@pytest.mark.parametrize(
+    "word", ["a" * 300, "['Why is the sky blue?', 'Hi']" * 20, "~nobody-of-this-name/x", "a\0b", "a\ud800", ""]
+)
+def test_what_can_be_no_file(word):
+    with pytest.raises(PromptError, match="neither a variable nor a file") as refusal:
+        sources.prompts(word, {})
+    assert len(refusal.value.cause) < 100
+
+
+def test_columns_by_number():
+    names = {"df": Frame({0: ["a"], "1": ["b"]}), "table": {2: ["c"]}, "some": ["x", "y"]}
+    assert sources.prompts("df[0]", names) == ["a"]
+    assert sources.prompts("df[1]", names) == ["b"]
+    assert sources.prompts("table[2]", names) == ["c"]
+    with pytest.raises(PromptError, match="is a table") as refusal:
+        sources.prompts("df", names)
+    assert "df[0]" in refusal.value.remedy
+    with pytest.raises(PromptError, match="names no column"):
+        sources.prompts("some[0]", names)  # one prompt, of which each character would be one
+
+
+def test_columns_of_one_name():
+    with pytest.raises(PromptError, match="several columns") as refusal:
+        sources.prompts("df.q", {"df": Frame(q=Frame(q=["a"]))})
+    assert "Rename" in refusal.value.remedy
+
+
+def test_what_has_columns_but_is_no_table():
+    class Trace:
+        def columns(self):
+            return {}
+
+    trace = Trace()
+    assert sources.prompts("trace", {"trace": trace}) is trace  # the engine says what it is
 
 
 # The magic
@@ -141,6 +208,11 @@ def test_what_makes_no_sense_is_one_line(loaded, line, said):
     assert said in loaded.fail(f"%airllm {line}")
 
 
+def test_no_prompts_are_no_riddle(loaded):
+    loaded.ip.user_ns["none"] = []
+    assert "There were no prompts to answer" in loaded.run("%airllm map none")
+
+
 def test_without_a_model(shell):
     shell.ip.user_ns["questions"] = PROMPTS
     assert "No model is loaded" in shell.fail("%airllm map questions")
@@ -190,6 +262,56 @@ def test_stop_leaves_what_is_complete(session, chat, tmp_path):
         session.map(PROMPTS, renderer=InterruptAt(session, 1), max_new_tokens=60, batch=1)
 
 
+def test_stop_while_prompts_are_encoded(session, chat, monkeypatch):
+    from airllm_nb.engine import many
+
+    encoded = []
+    encode = many.encode
+
+    def stop(*args, **options):
+        encoded.append(args)
+        session.stop()
+        return encode(*args, **options)
+
+    session.load(str(chat), device="cpu", dtype="float32")
+    monkeypatch.setattr(many, "encode", stop)
+    with pytest.raises(MapInterrupted, match="stopped after 0 of 3"):
+        session.map(PROMPTS)
+    assert len(encoded) == 1
+
+
+def test_stop_while_prompts_are_gone_through(session, chat):
+    def prompts():
+        session.stop()
+        while True:
+            yield "a"
+
+    session.load(str(chat), device="cpu", dtype="float32")
+    with pytest.raises(Interrupted):
+        session.map(prompts())
+    assert not session.busy
+
+
+def test_a_run_within_a_run_is_refused(session, chat):
+    refused, busy = [], []
+
+    def prompts():
+        yield "a"
+        for call in (lambda: session.ask("Hi"), session.unload):
+            with pytest.raises(SessionError, match="from within a run") as refusal:
+                call()
+            refused.append(refusal)
+            busy.append(session.busy)
+        yield "b"
+
+    session.load(str(chat), device="cpu", dtype="float32")
+    assert len(session.map(prompts(), max_new_tokens=1)) == 2
+    assert len(refused) == 2
+    assert busy == [True, True]
+    assert not session.busy
+    session.ask("Hi", max_new_tokens=1)
+
+
 def test_stopped_in_a_cell(loaded, monkeypatch):
     answers = Answers(("a", "b"), ("x", None), 1, 1.0, SETTINGS)
 
@@ -202,6 +324,14 @@ def test_stopped_in_a_cell(loaded, monkeypatch):
 
 
 # What is left
+
+
+def test_answers_are_a_sequence_of_texts():
+    answers = Answers(("a", "b", "c"), ("x", None, "y"), 2, 1.0, SETTINGS)
+    assert isinstance(answers, Sequence)
+    assert answers[1:] == (None, "y")
+    assert answers.index("y") == 2
+    assert list(reversed(answers)) == ["y", None, "x"]
 
 
 def test_the_table_is_escaped():

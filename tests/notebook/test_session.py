@@ -131,6 +131,37 @@ def test_one_run_at_a_time(chatting, written):
     assert chatting.loaded
 
 
+def test_a_listener_of_the_users_stays(chatting):
+    heard = []
+    chatting.model.progress = heard.append
+    chatting.ask("Hello", max_new_tokens=2)
+    assert chatting.model.progress == heard.append
+    chatting.trace()
+    assert chatting.model.progress == heard.append
+    chatting.map(["a"], max_new_tokens=1)
+    assert chatting.model.progress == heard.append
+
+
+def test_a_listener_that_an_interrupt_has_left_behind_goes(chatting):
+    def stale(_event):
+        raise AssertionError
+
+    stale.__module__ = "airllm_nb.notebook.generation"
+    for call in (lambda: chatting.ask("Hello", max_new_tokens=2), chatting.trace):
+        chatting.model.progress = stale
+        call()
+        assert chatting.model.progress is None
+
+
+def test_a_thread_that_an_interrupt_has_kept_from_leaving_is_let_in_again(chatting):
+    chatting._turns.enter()
+    chatting.ask("Hello", max_new_tokens=1)
+    assert not chatting.busy
+    chatting._turns.enter()
+    chatting.end()
+    assert not chatting.loaded
+
+
 def test_an_interrupt_keeps_the_text_so_far(chatting, written):
     whole = chatting.ask("Hello", max_new_tokens=20)
     written.clear()
