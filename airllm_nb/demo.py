@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from airllm_nb.engine.home import cache_home
 from airllm_nb.errors import AirLLMError, CheckpointError, HubError
 from airllm_nb.events import Fetching
 
@@ -95,13 +96,6 @@ def here() -> Path | None:
     """Return the folder of the demo model if it is on this machine already."""
     folder = cache_home() / _FOLDER
     return folder if _is_complete(folder) else _hub_cache()
-
-
-def cache_home() -> Path:
-    """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder."""
-    if home := os.environ.get("AIRLLM_NB_HOME"):
-        return Path(home).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "airllm_nb"
 
 
 def _is_complete(folder: Path) -> bool:
