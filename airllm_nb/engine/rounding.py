@@ -39,7 +39,7 @@ def nearest(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
     step = max(1, PIECE // inputs)
     round_piece = _round4 if isinstance(packing, Int4) else _round8
     for begin in range(0, outputs, step):
-        piece = weight[begin : begin + step].to(torch.float32).view(-1, groups, inputs // groups)
+        piece = weight[begin : begin + step].to(torch.float32, copy=True).view(-1, groups, inputs // groups)
         part = slice(begin, begin + step)
         codes[part].view(piece.shape).copy_(round_piece(piece, scales[part], zeros[part]))
     if not (scales.isfinite().all() and zeros.isfinite().all()):
@@ -51,9 +51,8 @@ def _round4(piece: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> t
     """Return codes from 0 to 15 for groups of weights, shape (rows, groups, group); fills in scales and zeros."""
     low, high = piece.aminmax(dim=-1)
     scales.copy_((high - low) / 15)
-    scale = _not_zero(scales)
-    zeros.copy_(low + 8 * scale)
-    return piece.sub_(zeros.float().unsqueeze(-1)).div_(scale.unsqueeze(-1)).round_().add_(8).clamp_(0, 15)
+    zeros.copy_(low + 8 * scales.float())
+    return piece.sub_(zeros.float().unsqueeze(-1)).div_(_not_zero(scales).unsqueeze(-1)).round_().add_(8).clamp_(0, 15)
 
 
 def _round8(piece: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
