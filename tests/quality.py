@@ -1,8 +1,8 @@
 """What quantization costs: ``python tests/quality.py [MODEL]`` prints the table of `tests/benchmarks/README.md`.
 
-Perplexity of the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), and the mean Kullback-Leibler
-divergence from the unquantized model's next-token distributions to the quantized one's, in nats. Both in float32 activations and with
-the weight unpacked, so that what is seen is the rounding of the weights alone.
+Perplexity of the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), and the mean
+Kullback-Leibler divergence from the unquantized model's next-token distributions to the quantized one's, in nats. Activations
+are float32 and the weights unpacked, so that what is seen is the rounding of the weights alone.
 """
 
 from __future__ import annotations

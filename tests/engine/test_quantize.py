@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.engine import packed_cache
+from airllm_nb.engine.packed_weight import PackedWeight
 from airllm_nb.engine.quantize import packing_of
 from airllm_nb.engine.rounding import nearest
 from airllm_nb.errors import AirLLMError, CheckpointError
@@ -196,13 +197,14 @@ def test_what_is_no_quantization_is_refused(checkpoint, name):
 
 
 def test_routers_and_stacks_of_experts_are_left_as_they_are(checkpoint):
-    text = str(plan(checkpoint("mixtral"), device="cpu", quantize="int8"))
-    assert "it chooses experts" in text or "is not the weight of one linear layer" in text
-    with load(checkpoint("mixtral"), "int8") as model:
-        reference = AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), torch_dtype=torch.float32).eval()
-        with torch.no_grad():
-            difference = model(LONG).logits - reference(LONG).logits
-            assert difference.norm() < 0.3 * reference(LONG).logits.norm()
+    """Experts that are linear layers of their own, as before version 5, are packed."""
+    folder = checkpoint("mixtral")
+    with torch.no_grad(), load(folder, "int8") as model:
+        assert torch.equal(model(LONG).logits, meant(folder, "int8")(LONG).logits)
+        routers = [weight for name, weight in model.named_parameters() if name.endswith(".gate.weight")]
+        assert len(routers) == LAYERS
+        assert not any(isinstance(weight, PackedWeight) for weight in routers)
+        assert any(isinstance(weight, PackedWeight) for weight in model.parameters())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
