@@ -15,6 +15,10 @@ from torch.nn.functional import linear
 
 SCALES = torch.bfloat16
 """What scales are stored and multiplied in: kernels take scales in the activations' dtype, and are fast in bfloat16 alone."""
+UNPACKED = 64 << 20
+"""Bytes of a weight that are unpacked at once: no budget counts them."""
+BLOCK = 64
+"""Outputs that no unpacking takes apart: see `layout`."""
 ROWS, COLUMNS = 16, 64
 """Weights have multiples of these, or are left as they are: with others, `torch._weight_int8pack_mm` reads beyond its end."""
 
@@ -49,6 +53,11 @@ class Int8:
     def multiply(self, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Multiply bfloat16 rows, shape (rows, inputs), by the kernel on the CPU; returns (rows, outputs)."""
         return torch._weight_int8pack_mm(rows, *self._parts(packed, shape))  # noqa: SLF001  # has no public name
+
+    def rows(self, packed: torch.Tensor, shape: tuple[int, ...], begin: int, end: int) -> torch.Tensor:
+        """Return the packed weight of some outputs."""
+        codes, scales = self._parts(packed, shape)
+        return torch.cat([_bytes(codes[begin:end]), _bytes(scales[begin:end])])
 
     @staticmethod
     def _parts(packed: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +119,11 @@ class Int4:
         )
         return product
 
+    def rows(self, packed: torch.Tensor, shape: tuple[int, ...], begin: int, end: int) -> torch.Tensor:
+        """Return the packed weight of some outputs; `begin` must be a multiple of `BLOCK`."""
+        half = shape[1] // 2
+        return torch.cat([packed[begin * half : end * half], _bytes(self._scales(packed, shape)[:, begin:end])])
+
     def _scales(self, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return scales and zeros, shape (inputs / group, outputs, 2)."""
         outputs, inputs = shape
@@ -160,4 +174,12 @@ def multiply(
         if bias is not None:
             product += bias
         return product.view(*rows.shape[:-1], shape[0])
-    return linear(rows, packing.dense(packed, shape, rows.dtype), bias)
+    step = max(UNPACKED // (shape[1] * rows.dtype.itemsize) // BLOCK, 1) * BLOCK
+    if step >= shape[0]:
+        return linear(rows, packing.dense(packed, shape, rows.dtype), bias)
+    product = rows.new_empty((*rows.shape[:-1], shape[0]))
+    for begin in range(0, shape[0], step):
+        end = min(begin + step, shape[0])
+        part = packing.dense(packing.rows(packed, shape, begin, end), (end - begin, shape[1]), rows.dtype)
+        product[..., begin:end] = linear(rows, part, None if bias is None else bias[begin:end])
+    return product

@@ -23,9 +23,10 @@ from airllm_nb.engine.packed import layout
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.rounding import nearest
+from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
 from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as_bytes
-from airllm_nb.errors import AirLLMError, CheckpointError
+from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
 VERSION = 1
@@ -108,6 +109,15 @@ class PackedCache:
     def missing(self) -> list[int]:
         """Return the numbers of the layers that are not there yet."""
         return [index for index, file in enumerate(self.files) if file.state() is None]
+
+    def require_shareable(self, shared: Shared) -> None:
+        """Refuse to share what this user is about to write, and could change."""
+        if shared is True and self.missing():
+            raise SharingError(
+                f"The quantized layers of {self._name} cannot be shared: they are not here yet, and would be files of yours.",
+                "Have another user load the model once, with AIRLLM_NB_HOME set to a folder that you can read and not write to; "
+                'shared="insist" (--shared-insist) shares them at your own risk.',
+            )
 
     def fill(self, progress: Listener | None = None) -> None:
         """Write the layers that are not there yet, each in one step: what an interrupt leaves undone, the next call does.

@@ -26,7 +26,7 @@ from airllm_nb.engine.residency import decide_with_experts, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.threads import compute_threads
-from airllm_nb.errors import MemoryBudgetError, UnsupportedError
+from airllm_nb.errors import AirLLMError, MemoryBudgetError, UnsupportedError
 from airllm_nb.events import LayerInfo, Listener
 
 CACHED_TOKENS = 2048
@@ -102,11 +102,15 @@ def prepare(
     chosen, number, reasons = choose(checkpoint, device, dtype, shared)
     one_row.require_mode(kernels, chosen)
     packing = None if quantize is None else packing_of(quantize)
+    if packing and kernels != "exact":
+        raise AirLLMError("Quantized layers have kernels of their own.", f"Leave out kernels={kernels!r}, or quantize.")
     skeleton = build(checkpoint.folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
     published, packed = checkpoint.nbytes, None
     if packing is not None:
         packed = PackedCache(quantized(skeleton, packing), checkpoint, name)
+        packed.require_shareable(shared)
         skeleton, checkpoint = packed.skeleton, packed.joined()
+        require_shareable(checkpoint, chosen, shared)
     lean, stacks = expert_stacks.split(skeleton, checkpoint) if chosen.type == "cpu" else (skeleton, ())
     sizes = [layer.group.nbytes for layer in skeleton.layers]
     without, few = ([layer.group.nbytes for layer in lean.layers], expert_stacks.least(stacks)) if stacks else ([], 0)

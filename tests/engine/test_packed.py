@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from airllm_nb.engine import packed as packed_module
 from airllm_nb.engine.packed import Int4, Int8, multiply
 from airllm_nb.engine.packed_weight import Meant, packed_weight
 from airllm_nb.engine.rounding import nearest
@@ -62,6 +63,17 @@ def test_many_rows_take_the_unpacked_weight(packing):
     given = random(packing.most_rows + 1, shape[1])
     expected = linear(given, packing.dense(packed, shape, torch.float32))
     assert torch.equal(multiply(packing, given, packed, shape), expected)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_large_weights_are_unpacked_in_parts(packing, shape, monkeypatch):
+    packed = nearest(random(*shape), packing)
+    given, bias = random(packing.most_rows + 1, shape[1]), random(shape[0])
+    expected = linear(given, packing.dense(packed, shape, torch.float32), bias)
+    monkeypatch.setattr(packed_module, "UNPACKED", 1)
+    found = multiply(packing, given, packed, shape, bias)
+    assert (found - expected).abs().max() < 1e-4
 
 
 def test_shapes_that_no_kernel_takes_are_refused():

@@ -9,11 +9,11 @@ from tiny import CONFIGS, LAYERS, budgets
 from transformers import AutoModelForCausalLM
 
 from airllm_nb import LayeredModel, plan
-from airllm_nb.engine import packed_cache
+from airllm_nb.engine import memory, packed_cache, pressure, sharing
 from airllm_nb.engine.packed_weight import PackedWeight
 from airllm_nb.engine.quantize import packing_of
 from airllm_nb.engine.rounding import nearest
-from airllm_nb.errors import AirLLMError, CheckpointError
+from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 
 IDS = torch.randint(0, 256, (1, 5), generator=torch.Generator().manual_seed(1))
 LONG = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(2))
@@ -212,3 +212,40 @@ def test_every_kind_generates(checkpoint, kind):
     with load(checkpoint(kind), dtype="bfloat16") as model:
         ids = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False, pad_token_id=257)
         assert ids.shape == (1, 9)
+
+
+def test_layers_are_shared_only_where_nobody_could_change_them(checkpoint, home, monkeypatch):
+    monkeypatch.setattr(sharing, "_danger", lambda path: "you own it" if home in path.parents else "")
+    folder = checkpoint("llama")
+    with pytest.raises(SharingError, match="they are not here yet, and would be files of yours"):
+        load(folder, shared=True)
+    with load(folder) as model:
+        expected = model(IDS).logits
+    with pytest.raises(SharingError, match=r"layer-000.* cannot be shared: you own it"):
+        load(folder, shared=True)
+    with load(folder, shared="insist", dtype="bfloat16") as model:
+        assert model.plan.shared_nbytes > sum(layer.nbytes for layer in model.layers) / 2
+        found = model(IDS).logits.float()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_layers_begin_to_stream_when_memory_becomes_short(checkpoint, monkeypatch):
+    for name, value in (("ENOUGH", 10**15), ("SHORT", 10**15), ("INTERVAL", 0.0)):
+        monkeypatch.setattr(pressure, name, value)
+    missing = [0]
+    monkeypatch.setattr(memory, "limits", lambda **_: {"available memory": 10**15 - missing[0]})
+    with load(checkpoint("llama"), memory="1GB", progress=lambda _event: None) as model:
+        model.progress = [].append
+        expected = model(IDS).logits
+        assert all(layer.resident for layer in model.layers)
+        missing[0] = model.layers[0].nbytes
+        model(IDS)
+        missing[0] = 0
+        assert not all(layer.resident for layer in model.layers)
+        for _ in range(2):
+            assert torch.equal(model(IDS).logits, expected)
+
+
+def test_measured_kernels_and_quantized_layers_exclude_each_other(checkpoint):
+    with pytest.raises(AirLLMError, match="Quantized layers have kernels of their own"):
+        plan(checkpoint("llama"), device="cpu", quantize="int8", kernels="measured")
