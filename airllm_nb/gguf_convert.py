@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     import pathlib
+    from collections.abc import Callable
 
     from gguf import ReaderField
 
@@ -35,7 +36,7 @@ _LAYER = {
 }
 
 
-def convert(source: pathlib.Path, folder: pathlib.Path) -> None:
+def convert(source: pathlib.Path, folder: pathlib.Path, told: Callable[[int, int], object]) -> None:
     """Write a llama checkpoint with tied embeddings and SmolLM's tokenizer as bfloat16 safetensors.
 
     Parameters
@@ -44,6 +45,8 @@ def convert(source: pathlib.Path, folder: pathlib.Path) -> None:
         The GGUF file.
     folder : pathlib.Path
         Where the files go: an existing, empty folder.
+    told : callable(done, total)
+        Called after each tensor: how many bytes of the weights are converted, and how many there are. It may raise.
 
     Raises
     ------
@@ -61,11 +64,14 @@ def convert(source: pathlib.Path, folder: pathlib.Path) -> None:
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
+    done, total = 0, sum(int(tensor.n_elements) for tensor in reader.tensors) * torch.bfloat16.itemsize
     for tensor in reader.tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(torch.bfloat16)
         part = tensor.name.split(".")[-2]
         weights[_key(tensor.name)] = _unpermute(weight, heads[part]) if part in heads else weight
+        done += weight.nbytes
+        told(done, total)
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:

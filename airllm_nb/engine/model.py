@@ -318,6 +318,8 @@ class LayeredModel:
         return sorted({*object.__dir__(self), *dir(self._hf)})
 
     def __repr__(self) -> str:
+        if self._runtime.closed:
+            return f"LayeredModel({self.name}: closed)"
         streamed = sum(not layer.resident for layer in self.layers)
         stay = f"{streamed} of {len(self.layers)} layers stream" if streamed else f"{len(self.layers)} layers, all resident"
         return f"LayeredModel({self.name}: {stay}, {self.device}, {str(self.dtype).removeprefix('torch.')})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class ExpertsPlan:
         return f"{format_size(self.nbytes)} each, read when hit: {hit} in a layer per token; {self.share:.0%} of all stay"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a model would be (or is) loaded. All sizes are bytes.
 
@@ -139,6 +140,13 @@ class Plan:
         """What weights and read-ahead buffers occupy."""
         layers = sum(layer.nbytes for layer in self.layers if layer.resident)
         return self.always_nbytes + layers + sum(self.window) + (self.experts.used_nbytes if self.experts else 0)
+
+    def __repr__(self) -> str:
+        stay = sum(layer.resident for layer in self.layers)
+        return f"Plan({self.name}: {stay} of {len(self.layers)} layers stay, {format_size(self.used_nbytes)})"
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # IPython's hook for what ends a cell
+        printer.text(str(self))
 
     def __str__(self) -> str:
         resident = [layer for layer in self.layers if layer.resident]

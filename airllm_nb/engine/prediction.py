@@ -130,6 +130,10 @@ class Prediction:
         What they are read from: ``"disk"``, ``"page cache"``, or ``"memory"`` for a file system that lies there.
     cached : float
         The share of what is read from the disk that the page cache holds now, and has room for; from 0 to 1.
+    overhead : float
+        Seconds that a layer takes beside its weights.
+    slowed : (float, float)
+        The share of its speed that is left to computing while something is read, and to reading while something computes.
     note : str
         Why there is no prediction.
     """
@@ -139,6 +143,8 @@ class Prediction:
     reading: float | None = None
     source: str = "disk"
     cached: float = 0.0
+    overhead: float = 0.0
+    slowed: tuple[float, float] = (1.0, 1.0)
     note: str = ""
 
     def __str__(self) -> str:
@@ -178,7 +184,8 @@ def _predict(work: Work, dtype: torch.dtype, *, write: bool) -> Prediction:
     if work.streamed:
         return _predict_streaming(work, dtype, overhead, write=write)
     rate, plain = probe.computing(work.shapes, dtype, work.packing), probe.computing(work.shapes, dtype)
-    return Prediction(sum(work.computed) / rate + work.rest / plain + overhead * len(work.computed), rate)
+    seconds = sum(work.computed) / rate + work.rest / plain + overhead * len(work.computed)
+    return Prediction(seconds, rate, overhead=overhead)
 
 
 def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write: bool) -> Prediction:
@@ -186,6 +193,7 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write
     in_memory = sample.in_memory(work.checkpoint.folder)
     stays = cached if cached > LITTLE and (in_memory or cached * _nbytes(work.streamed) <= work.room) else 0.0
     reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays, work.packing, write=write)
+    slowed = computing.share, reading.share
     seconds = seconds_per_token(
         [
             nbytes / computing.alone + missing / reading.alone + overhead
@@ -194,12 +202,13 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write
         [nbytes / reading.alone for nbytes in work.read],
         work.rest / (probe.computing(work.shapes, dtype) if work.packing else computing.alone),
         work.slots,
-        slowed=(computing.share, reading.share),
+        slowed=slowed,
     )
     # What is read ahead and what is read when it is hit share one disk.
     seconds = max(seconds, (sum(work.read) + sum(work.missing)) / reading.alone)
     source = "memory" if in_memory else "page cache" if stays > 1 - LITTLE else "disk"
-    return Prediction(seconds, computing.alone, reading.alone, source, stays if source == "disk" else 0.0)
+    on_disk = stays if source == "disk" else 0.0
+    return Prediction(seconds, computing.alone, reading.alone, source, on_disk, overhead, slowed)
 
 
 def seconds_per_token(

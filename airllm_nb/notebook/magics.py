@@ -223,6 +223,8 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         except Interrupted as stop:
             if stop.answer is not None:
                 self._leave(stop.answer, output)
+            if output:
+                stop.args = (str(stop).replace("_airllm holds", f"{output} holds"),)
             raise
         self._leave(answer, output)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from airllm_nb import demo
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def one_line(model: LayeredModel) -> str:
-    """Say what is loaded: ``SmolLM2-135M-Instruct · 30 layers, all resident · cpu · float32 · 538 MB``."""
+    """Say what is loaded: ``SmolLM2-135M-Instruct · 30 layers, all resident · cpu · float32 · 538 MB · demo from the hub``."""
     dtype = str(model.dtype).removeprefix("torch.")
     shared = f", {format_size(model.plan.shared_nbytes)} shared" if model.plan.shared_nbytes else ""
-    return f"{model.name} · {layers(model)} · {model.device} · {dtype} · {format_size(model.plan.total_nbytes)}{shared}"
+    parts = [model.name, layers(model), model.device, dtype, f"{format_size(model.plan.total_nbytes)}{shared}"]
+    return " · ".join(map(str, filter(None, [*parts, demo.origin(model.path)])))
 
 
 def layers(model: LayeredModel | Plan) -> str:
@@ -68,7 +70,7 @@ def cleared(entries: Sequence[Kept]) -> str:
 
 
 def devices(infos: tuple[DeviceInfo, ...]) -> str:
-    """List the devices, and for each one that cannot be used the reason."""
+    """List the devices, and for each one that cannot be used the reason. A missing GPU is no fault, and so has no ✗."""
     name = max(len(info.name) for info in infos) + 2
     label = max(len(info.label) for info in infos) + 2
-    return "\n".join(f"{'✓' if info.usable else '✗'} {info.name:{name}}{info.label:{label}}{info.reason}" for info in infos)
+    return "\n".join(f"{'✓' if info.usable else '-'} {info.name:{name}}{info.label:{label}}{info.reason}" for info in infos)

@@ -138,7 +138,8 @@ def _layers(answer: Answer) -> Iterator[str]:
     parts = [("compute", f"computing {_time(computed)}")]
     reads = any(layer.read_seconds for layer in layers)
     if reads:
-        disk, cache = (sum(getattr(layer, f"{name}_nbytes") for layer in layers) for name in ("disk", "cache"))
+        share = answer.settings.file_share if answer.settings else 1.0  # as a plan counts them: bytes of the files
+        disk, cache = (round(share * sum(getattr(layer, f"{name}_nbytes") for layer in layers)) for name in ("disk", "cache"))
         sources = [f"{format_size(size)} from {name}" for size, name in ((disk, "disk"), (cache, "the page cache")) if size]
         parts.append(("wait", f"waiting for weights {_time(waited)}"))
         parts.append(("read", f"meanwhile reading {_time(read)} ({', '.join(sources)})"))

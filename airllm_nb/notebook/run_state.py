@@ -202,8 +202,9 @@ class RunState:
         )
 
     def _fetching(self, event: Fetching) -> None:
-        if not self.fetching:
+        if event.text.partition(" ")[0] != self.fetching.partition(" ")[0]:  # downloading is over, and converting begins
             self.phase_at = event.at
+            self.files = {}
         self.fetching = event.text
         if event.file:
             self.files[event.file] = event.done, event.total

@@ -140,7 +140,12 @@ def _fetching(state: RunState) -> str:
         return state.fetching
     complete = sum(done >= total for done, total in state.files.values())
     done, total = (_size(sum(sizes)) for sizes in zip(*state.files.values(), strict=True))
-    return f"downloading · file {min(complete + 1, len(state.files))}/{len(state.files)} · {done} of {total}"
+    return f"{_activity(state)} · file {min(complete + 1, len(state.files))}/{len(state.files)} · {done} of {total}"
+
+
+def _activity(state: RunState) -> str:
+    """Say in a word what is done with the files: ``downloading``, or ``converting``."""
+    return state.fetching.partition(" ")[0].lower()
 
 
 def _ended(state: RunState) -> str:
@@ -195,7 +200,7 @@ def _files(state: RunState, left: str) -> str:
         for name, (done, total) in shown.items()
     )
     return (
-        f'<div class="airllm-bars">{_bar("download", state.fraction, "whole now")}{left}</div>'
+        f'<div class="airllm-bars">{_bar(_activity(state), state.fraction, "whole now")}{left}</div>'
         f'<div class="airllm-files">{rows}</div>'
     )
 

@@ -27,7 +27,8 @@ class LayerTotals:
     passes : int
         How often it computed.
     disk_nbytes, cache_nbytes : int
-        Bytes read for it from the disk, and from the operating system's page cache.
+        Bytes read for it from the disk, and from the operating system's page cache, counted as they lie in memory
+        (`Settings.file_share` says what they are in the file).
     read_seconds, waited_seconds, compute_seconds : float
         Time to read its weights, time the computation stood still for them, time it computed.
     """
@@ -65,6 +66,9 @@ class Settings:
         As in `airllm_nb.engine.decoding.Sampling`; the first is larger where the text was gone on with.
     system : str or None
         The system prompt.
+    file_share : float
+        Bytes in the published files for each byte in memory, of the layers that are read in every pass: 0.5 if bfloat16 is
+        read and float32 computes.
     """
 
     model: str
@@ -80,11 +84,13 @@ class Settings:
     seed: int | None
     stop: tuple[str, ...]
     system: str | None
+    file_share: float = 1.0
 
     @classmethod
     def of(cls, model: LayeredModel, sampling: Sampling, system: str | None) -> Settings:
         """Note what a model runs with; nothing in it refers to the model."""
         resident = sum(layer.resident for layer in model.layers)
+        in_memory = sum(layer.nbytes for layer in model.layers if not layer.resident)
         return cls(
             model=model.name,
             device=str(model.device),
@@ -99,6 +105,7 @@ class Settings:
             seed=sampling.seed,
             stop=sampling.stop,
             system=system,
+            file_share=model.plan.streamed_nbytes / in_memory if in_memory else 1.0,
         )
 
 

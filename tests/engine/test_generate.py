@@ -145,7 +145,7 @@ def test_it_is_taken_for_the_model_it_runs(pair):
     assert isinstance(layered, LayeredModel)
     assert isinstance(layered, transformers.PreTrainedModel)
     assert layered.config.num_hidden_layers == 4
-    assert repr(layered).startswith("LayeredModel(")
+    assert repr(layered) == f"LayeredModel({layered.name}: 4 of 4 layers stream, cpu, float32)"
     assert "generate" in dir(layered)
     assert layered.to("cpu").eval() is layered
     with pytest.raises(DeviceError, match="stays on the device"):

@@ -32,7 +32,9 @@ def weight_bytes(model):
 
 @pytest.mark.parametrize("keep", ["all", "half", "none"])
 def test_the_budget_is_kept_and_closing_frees_everything(checkpoint, keep):
-    budget = budgets(plan(checkpoint(), device="cpu", dtype="float32"))[keep]
+    decided = plan(checkpoint(), device="cpu", dtype="float32")
+    assert repr(decided).startswith(f"Plan({decided.name}: 4 of 4 layers stay, ")
+    budget = budgets(decided)[keep]
     model = load(checkpoint(), memory=budget)
     for _ in range(2):
         model(IDS)
@@ -41,6 +43,7 @@ def test_the_budget_is_kept_and_closing_frees_everything(checkpoint, keep):
         assert all(parameter.is_meta for index in streamed for parameter in model.model.layers[index].parameters())
     model.close()
     assert weight_bytes(model) == 0
+    assert repr(model) == f"LayeredModel({model.name}: closed)"
 
 
 def test_the_least_budget_is_head_and_norm_and_two_layers(checkpoint):

@@ -97,7 +97,7 @@ def test_in_a_kernel(kernel, chat):
     reply, messages = kernel.run("%%airllm --max-new-tokens 120 -o answer\nHello")
     assert reply["status"] == "ok"
     display, result = of_type(messages, "display_data")
-    assert display["data"]["text/plain"] == "<airllm_nb: layers at work>"
+    assert display["data"]["text/plain"] == ""
     assert "application/vnd.jupyter.widget-view+json" in display["data"]
     assert set(result["data"]) == {"text/plain", "text/html"}
     assert result["data"]["text/plain"] == "<airllm_nb: 120 tokens, ended by max-new-tokens>"
@@ -122,14 +122,15 @@ def test_in_a_kernel(kernel, chat):
             pressed.append(time.perf_counter())
             kernel.manager.interrupt_kernel()
 
-    reply, messages = kernel.run("%%airllm --max-new-tokens 3000\nHello", press_stop)
+    reply, messages = kernel.run("%%airllm --max-new-tokens 3000 -o long\nHello", press_stop)
     assert time.perf_counter() - pressed[0] < 5
     assert (reply["status"], reply["ename"]) == ("error", "Interrupted")
     [error] = of_type(messages, "error")
     assert len(error["traceback"]) == 1
     assert "stopped after" in error["traceback"][0]
+    assert "long holds the text so far" in error["traceback"][0]
     assert "stopped by the user" in of_type(messages, "display_data")[-1]["data"]["text/html"]
-    assert kernel.shown("print(_airllm.stopped, len(_airllm.token_ids) > 0)") == "interrupted True\n"
+    assert kernel.shown("print(long.stopped, len(long.token_ids) > 0, _airllm is long)") == "interrupted True True\n"
     assert kernel.shown("%%airllm --max-new-tokens 120\nHello") == text
 
 

@@ -210,7 +210,7 @@ def test_rows_are_equally_long(layers, columns):
 def test_the_widget_has_a_short_constant_text(capsys):
     renderer = WidgetRenderer()
     renderer.draw(RunState("name", LAYERS, 1))
-    assert capsys.readouterr().out == "<airllm_nb: layers at work>\n"
+    assert capsys.readouterr().out == "\n"
     renderer.draw(RunState("name", LAYERS, 1))
     renderer.close()
     assert capsys.readouterr().out == ""

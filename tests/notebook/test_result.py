@@ -71,6 +71,7 @@ def test_what_it_says(run):
         "token 9",
     ):
         assert words in shown.text
+    assert "meanwhile reading 12.0 s (12.0 MB from disk)" in page(run.answer(file_share=0.5)).text  # as the file has them
     assert "always the most likely token" in page(run.answer()).text
     assert "stopped by the user" in page(run.answer(stopped="interrupted")).text
     assert "time to launch" in page(run.answer(device="cuda:0")).text

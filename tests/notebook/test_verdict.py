@@ -164,6 +164,17 @@ def test_time_left_of_a_load_and_a_download():
     assert time_left(state) == ""
 
 
+def test_a_conversion_after_a_download_is_counted_by_itself():
+    state = RunState("name")
+    state.apply(Fetching("Downloading", "wheel", 93, 93, at=10.0))
+    state.apply(Fetching("Converting the model", at=40.0))
+    assert strip.headline(state) == "Converting the model"
+    state.apply(Fetching("Converting the model", "weights", 1_000, 4_000, at=50.0))
+    assert strip.headline(state) == "converting · file 1/1 · 1.00 kB of 4.00 kB"
+    assert time_left(state) == "about 30 s left"
+    assert "wheel" not in strip.render(state)
+
+
 def test_many_files_show_those_that_are_under_way():
     state = RunState("name")
     for index, done in enumerate([100] * 5 + [50, 20] + [0] * 4):
