@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from airllm_nb.engine.prediction import Prediction
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZE = (("no", None), ("int8", "int8"), ("int4", "int4"))
+QUANTIZE = ("no", "int8", "int4")
 STEPS = 200
 LABEL = "76px"
 EXPECTED = "Type a name and press Enter: a model of the hub such as org/name, a local folder, or demo."
@@ -96,7 +96,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
             "device": self.device.value,
             "dtype": self.dtype.value,
             "memory": self.memory.value.strip() or "auto",
-            "quantize": self.quantize.value,
+            "quantize": None if self.quantize.value == "no" else self.quantize.value,
         }
 
     def explain(self, error: AirLLMError) -> None:

@@ -104,5 +104,5 @@ def test_quantized_layers_are_planned(chooser):
     wait_for(lambda: "<dt>quantized</dt>" in chooser.plan.value)
     assert "int4-64: 24 matrices of the layers" in chooser.plan.value
     assert chooser.options["quantize"] == "int4"
-    chooser.quantize.value = None
+    chooser.quantize.value = "no"
     wait_for(lambda: "<dt>quantized</dt>" not in chooser.plan.value)
