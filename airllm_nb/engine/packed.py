@@ -15,8 +15,10 @@ from torch.nn.functional import linear
 
 SCALES = torch.bfloat16
 """What scales are stored and multiplied in: kernels take scales in the activations' dtype, and are fast in bfloat16 alone."""
-UNPACKED = 64 << 20
-"""Bytes of a weight that are unpacked at once: no budget counts them."""
+UNPACKED = 16 << 20
+"""Bytes of a weight that are unpacked at once: no budget counts them, and larger pieces of memory come from the system each time."""
+PIECE = 1 << 18
+"""Weights that several steps work on one after the other, while they are in the processor's cache."""
 BLOCK = 64
 """Outputs that no unpacking takes apart: see `layout`."""
 ROWS, COLUMNS = 16, 64
@@ -91,25 +93,30 @@ class Int4:
         both = torch.stack([scales.to(SCALES), zeros.to(SCALES)], dim=-1).transpose(0, 1).contiguous()
         return torch.cat([_bytes(packed), _bytes(both)])
 
-    def codes(self, packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the codes, shape (outputs, inputs)."""
+    def codes(self, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the codes less 8, shape (outputs, inputs), int8."""
         outputs, inputs = shape
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        out = torch.empty(shape, dtype=torch.int8, device=packed.device)
         block = layout()
         whole = outputs // block * block
-        half = packed[: whole * inputs // 2].view(-1, inputs, block // 2).transpose(1, 2)
+        # Turned round as bytes of two weights each: PyTorch is much slower where it converts numbers on the way.
+        half = packed[: whole * inputs // 2].view(-1, inputs, block // 2).transpose(1, 2).contiguous()
         blocks = out[:whole].view(-1, 2, block // 2, inputs)
         blocks[:, 0], blocks[:, 1] = half & 15, half >> 4
         if rest := outputs - whole:  # there, neighbours share a byte
             pairs = packed[whole * inputs // 2 : outputs * inputs // 2].view(inputs, rest // 2).T
             out[whole::2], out[whole + 1 :: 2] = pairs & 15, pairs >> 4
-        return out
+        return out.sub_(8)
 
     def dense(self, packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight that is meant, in full."""
-        scales, zeros = self._scales(packed, shape).to(dtype).transpose(0, 1).unsqueeze(-1).unbind(2)
-        grouped = self.codes(packed, shape, dtype).view(shape[0], -1, self.group)
-        return grouped.sub_(8).mul_(scales).add_(zeros).view(shape)
+        scales, zeros = self._scales(packed, shape).to(dtype).permute(2, 1, 0).unsqueeze(-1).contiguous()
+        codes = self.codes(packed, shape).view(shape[0], -1, self.group)
+        out = torch.empty(codes.shape, dtype=dtype, device=packed.device)
+        step = max(PIECE // shape[1], 1)
+        for part in (slice(begin, begin + step) for begin in range(0, shape[0], step)):
+            out[part].copy_(codes[part]).mul_(scales[part]).add_(zeros[part])
+        return out.view(shape)
 
     def multiply(self, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Multiply bfloat16 rows, shape (rows, inputs), by the kernel on the CPU; returns (rows, outputs)."""

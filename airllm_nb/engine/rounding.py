@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from airllm_nb.engine.packed import SCALES, Int4, Packing
-
-PIECE = 1 << 18
-"""Weights that are rounded at once: what is between their steps stays in the processor's cache."""
+from airllm_nb.engine.packed import PIECE, SCALES, Int4, Packing
 
 
 def nearest(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
