@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 SCALES = torch.bfloat16
 """What scales are stored and multiplied in: kernels take scales in the activations' dtype, and are fast in bfloat16 alone."""
 UNPACKED = 16 << 20
-"""Bytes of a weight that are unpacked at once: no budget counts them, and larger pieces of memory come from the system each time."""
+"""Bytes of a weight that are unpacked at once: no budget counts them, and larger pieces are fresh from the system each time."""
 PIECE = 1 << 18
 """Weights that several steps work on one after the other, while they are in the processor's cache."""
 BLOCK = 64
