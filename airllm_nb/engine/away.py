@@ -16,6 +16,8 @@ QUESTIONS = frozenset((
     "is_floating_point", "ndimension", "nelement", "numel", "requires_grad_", "size", "stride",
 ))  # fmt: skip
 
+NO_QUESTION = object()
+
 Change = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 """A function that changes a tensor in place, and its further arguments."""
 
@@ -30,6 +32,7 @@ class Away(nn.Parameter):
     label: str
     home: torch.device
     misuse = "outside of the layer it belongs to, while that is not in memory"
+    remedy = "Load it with memory= large enough for all weights to stay."
     changes: list[Change]
     notes = True
     """Whether changes in place are noted, or refused."""
@@ -43,14 +46,11 @@ class Away(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], _types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.__name__ in QUESTIONS:
-            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
-                answer = func(*args, **(kwargs or {}))
-            if func.__name__ != "__get__" or not isinstance(answer, torch.Tensor):
-                return answer
+        if (known := answer(func, args, kwargs or {})) is not NO_QUESTION:
+            return known
         values = (*args[1:], *(kwargs or {}).values())
         numbers = not any(isinstance(value, torch.Tensor) for value in values)
-        if _in_place(func) and isinstance(args[0], Away) and args[0].notes and numbers:
+        if in_place(func) and isinstance(args[0], Away) and args[0].notes and numbers:
             args[0].changes.append((func, args[1:], dict(kwargs or {})))
             return args[0]
         raise cls.refusal((*args[:1], *values))
@@ -61,16 +61,29 @@ class Away(nn.Parameter):
         names = [value.label for value in values if isinstance(value, Away)]
         return UnsupportedError(
             f"This model uses {', '.join(names) or 'a weight'} {cls.misuse}.",
-            "Load it with memory= large enough for all weights to stay.",
+            cls.remedy,
         )
 
 
-def _in_place(func: Callable[..., Any]) -> bool:
+def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the answer to a question that needs no values; `NO_QUESTION` if `func` is none."""
+    if func.__name__ in QUESTIONS:
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
+            known = func(*args, **kwargs)
+        if func.__name__ != "__get__" or not isinstance(known, torch.Tensor):
+            return known
+    return NO_QUESTION
+
+
+def in_place(func: Callable[..., Any]) -> bool:
+    """Tell whether a function of PyTorch's changes its first argument, by its name."""
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
-def away(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, changes: list[Change]) -> Away:
-    """Return the stand-in for a parameter that computes on `device`; notes what should be changed in `changes`."""
+def away(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, changes: list[Change], *, notes: bool = True
+) -> Away:
+    """Return the stand-in for a parameter that computes on `device`; notes what should be changed in `changes`, or refuses it."""
     parameter = Away(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=dtype.is_floating_point)
-    parameter.label, parameter.home, parameter.changes = name, device, changes
+    parameter.label, parameter.home, parameter.changes, parameter.notes = name, device, changes, notes
     return parameter

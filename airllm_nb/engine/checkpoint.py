@@ -8,10 +8,11 @@ is truncated underneath kills the process with SIGBUS.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def joined(self, entries: Iterable[TensorEntry], states: Mapping[Path, FileState]) -> Checkpoint:
+        """Return a checkpoint that has tensors of other files too, which are in these states (if they are there already)."""
+        other = copy.copy(self)
+        other.states = {**self.states, **states}
+        other._entries = {**self._entries, **{entry.name: entry for entry in entries}}  # noqa: SLF001  # our own
+        return other
 
     @property
     def nbytes(self) -> int:

@@ -93,6 +93,8 @@ class Plan:
         Which kernels multiply one row and what they gain, if they were measured.
     experts : ExpertsPlan or None
         How experts are read that are read only when they are hit; the layers are then meant without them.
+    quantized : str
+        What is kept in few bits, if anything.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Plan:
     by_rows: bool = False
     kernels: str = ""
     experts: ExpertsPlan | None = None
+    quantized: str = ""
 
     def predict(self, *, write: bool = True) -> Prediction | None:
         """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
@@ -164,6 +167,7 @@ class Plan:
             f"memory    {used} of {allowed}  ({budget}); at least {least}",
             *([f"shared    {self.sharing}"] if self.sharing else ()),
             f"weights   {format_size(self.total_nbytes)} in {dtype}, {format_size(self.checkpoint_nbytes)} on disk",
+            *([f"quantized {self.quantized}"] if self.quantized else []),
             f"layers    {stay}; {format_size(self.always_nbytes)} of {parts} stay too{rows}",
             *([f"experts   {self.experts}"] if self.experts else ()),
             f"per token {read}",

@@ -18,13 +18,15 @@ from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.expert_stacks import ExpertStack
 from airllm_nb.engine.memory import ACTIVATIONS, format_size
+from airllm_nb.engine.packed_cache import PackedCache
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.prediction import work_of
+from airllm_nb.engine.quantize import packing_of, quantized
 from airllm_nb.engine.residency import decide_with_experts, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
 from airllm_nb.engine.threads import compute_threads
-from airllm_nb.errors import MemoryBudgetError, UnsupportedError
+from airllm_nb.errors import AirLLMError, MemoryBudgetError, UnsupportedError
 from airllm_nb.events import LayerInfo, Listener
 
 CACHED_TOKENS = 2048
@@ -43,13 +45,14 @@ def plan(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     shared: Shared = False,
+    quantize: str | None = None,
     progress: Listener | None = None,
 ) -> Plan:
     """Tell what loading a model would mean, from its headers alone: no weight is downloaded or read.
 
     Parameters
     ----------
-    model, device, dtype, memory, kernels, revision, token, trust_remote_code, shared, progress
+    model, device, dtype, memory, kernels, revision, token, trust_remote_code, shared, quantize, progress
         As for `LayeredModel.from_pretrained`.
 
     Raises
@@ -62,7 +65,7 @@ def plan(
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     return prepare(
         name, Checkpoint(folder, headers), device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, quantize=quantize,
     ).plan  # fmt: skip
 
 
@@ -72,6 +75,7 @@ class Prepared(NamedTuple):
     skeleton: Skeleton
     plan: Plan
     stacks: tuple[ExpertStack, ...]
+    packed: PackedCache | None
 
 
 def prepare(
@@ -84,6 +88,7 @@ def prepare(
     kernels: str,
     shared: Shared,
     trust_remote_code: bool,
+    quantize: str | None,
 ) -> Prepared:
     """Build a model without weights, and decide what stays and what streams within a budget.
 
@@ -96,7 +101,16 @@ def prepare(
     """
     chosen, number, reasons = choose(checkpoint, device, dtype, shared)
     one_row.require_mode(kernels, chosen)
+    packing = None if quantize is None else packing_of(quantize)
+    if packing and kernels != "exact":
+        raise AirLLMError("Quantized layers have kernels of their own.", f"Leave out kernels={kernels!r}, or quantize.")
     skeleton = build(checkpoint.folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
+    published, packed = checkpoint.nbytes, None
+    if packing is not None:
+        packed = PackedCache(quantized(skeleton, packing), checkpoint, name)
+        packed.require_shareable(shared)
+        skeleton, checkpoint = packed.skeleton, packed.joined()
+        require_shareable(checkpoint, chosen, shared)
     lean, stacks = expert_stacks.split(skeleton, checkpoint) if chosen.type == "cpu" else (skeleton, ())
     sizes = [layer.group.nbytes for layer in skeleton.layers]
     without, few = ([layer.group.nbytes for layer in lean.layers], expert_stacks.least(stacks)) if stacks else ([], 0)
@@ -116,14 +130,14 @@ def prepare(
     plan = Plan(
         name=name, device=chosen, dtype=number, layers=layers, budget=budget, least=decision.least,
         always_nbytes=always if decision.by_rows else always + embedding, total_nbytes=total,
-        checkpoint_nbytes=checkpoint.nbytes, streamed_nbytes=_streamed(skeleton, layers, checkpoint), window=decision.window,
+        checkpoint_nbytes=published, streamed_nbytes=_streamed(skeleton, layers, checkpoint), window=decision.window,
         reasons=(*reasons, reason), threads=compute_threads(),
         work=work_of(whole, skeleton, checkpoint, decision, experts.share if experts else 1.0),
         shared_nbytes=_mapped(skeleton, layers, checkpoint, by_rows=decision.by_rows) if shared else None,
         by_rows=decision.by_rows, kernels=one_row.use(skeleton.model, kernels, budget),
-        experts=experts,
+        experts=experts, quantized=str(packed or ""),
     )  # fmt: skip
-    return Prepared(skeleton, plan, stacks)
+    return Prepared(skeleton, plan, stacks, packed)
 
 
 def choose(

@@ -12,6 +12,7 @@ from airllm_nb.compat.keys import Recipe
 from airllm_nb.engine import memory, probe, sample
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.packed import Packing
 from airllm_nb.engine.residency import Residency
 from airllm_nb.engine.sample import LITTLE, Unmeasurable
 from airllm_nb.engine.skeleton import Skeleton
@@ -42,6 +43,8 @@ class Work:
         What memory has left for the page cache beside the weights.
     checkpoint : Checkpoint
         Where they lie.
+    packing : Packing or None
+        How the weights of `shapes` are packed, if they are quantized.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -53,6 +56,7 @@ class Work:
     slots: int
     room: int
     checkpoint: Checkpoint
+    packing: Packing | None = None
 
 
 def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decision: Residency, held: float = 1.0) -> Work:
@@ -85,14 +89,16 @@ def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decisio
     streamed = [entry for ahead, hit in zip(sources, experts, strict=True) for entry in (*ahead, *hit)]
     # Most layers are like the middle one; the first may have other matrices (no experts, for one).
     middle = whole.layers[len(whole.layers) // 2].group.weights.values()
+    packing = next((weight.meant.packing for weight in middle if weight.meant), None)
+    shapes = [weight.meant.shape if weight.meant else weight.shape for weight in middle if weight.meant or packing is None]
     head = skeleton.model.get_output_embeddings()
     rest = 0 if head is None else head.weight.numel() * head.weight.dtype.itemsize
     kept = [layer.group.nbytes for layer, stays in zip(skeleton.layers, decision.resident, strict=True) if stays]
     left = memory.available(torch.device("cpu"))[0] - skeleton.always.nbytes - sum(kept) - sum(decision.window) - decision.experts
     return Work(
-        tuple((weight.shape[-2], weight.shape[-1]) for weight in middle if len(weight.shape) > 1), tuple(map(int, computed)),
+        tuple((shape[-2], shape[-1]) for shape in shapes if len(shape) > 1), tuple(map(int, computed)),
         tuple(map(_nbytes, sources)), tuple(int(_nbytes(entries) * chosen * (1 - held)) for entries in experts), rest,
-        tuple(streamed), len(decision.window), max(left, 0), checkpoint,
+        tuple(streamed), len(decision.window), max(left, 0), checkpoint, packing,
     )  # fmt: skip
 
 
@@ -177,15 +183,16 @@ def _predict(work: Work, dtype: torch.dtype, *, write: bool) -> Prediction:
     overhead = probe.layer_overhead()
     if work.streamed:
         return _predict_streaming(work, dtype, overhead, write=write)
-    rate = probe.computing(work.shapes, dtype)
-    return Prediction(sum(work.computed) / rate + work.rest / rate + overhead * len(work.computed), rate, overhead=overhead)
+    rate, plain = probe.computing(work.shapes, dtype, work.packing), probe.computing(work.shapes, dtype)
+    seconds = sum(work.computed) / rate + work.rest / plain + overhead * len(work.computed)
+    return Prediction(seconds, rate, overhead=overhead)
 
 
 def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write: bool) -> Prediction:
     cached = sample.cached_share(work.checkpoint, work.streamed)
     in_memory = sample.in_memory(work.checkpoint.folder)
     stays = cached if cached > LITTLE and (in_memory or cached * _nbytes(work.streamed) <= work.room) else 0.0
-    reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays, write=write)
+    reading, computing = probe.streaming(work.checkpoint, work.streamed, work.shapes, dtype, stays, work.packing, write=write)
     slowed = computing.share, reading.share
     seconds = seconds_per_token(
         [
@@ -193,7 +200,7 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write
             for nbytes, missing in zip(work.computed, work.missing, strict=True)
         ],
         [nbytes / reading.alone for nbytes in work.read],
-        work.rest / computing.alone,
+        work.rest / (probe.computing(work.shapes, dtype) if work.packing else computing.alone),
         work.slots,
         slowed=slowed,
     )

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from airllm_nb.engine import threads
+from airllm_nb.engine import packed, threads
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
+from airllm_nb.engine.packed import Packing
+from airllm_nb.engine.packed_weight import Meant, packed_weight
 from airllm_nb.engine.sample import LITTLE, Sample, Unmeasurable, cached_share, room_for, temporary
 
 WEIGHTS = 256_000_000
@@ -49,6 +51,8 @@ class Linears:
         Rows and columns of the weights; those that are too large together get fewer rows.
     dtype : torch.dtype
         Of weights and input.
+    packing : Packing, optional
+        Of the weights, if they are quantized.
 
     Raises
     ------
@@ -56,20 +60,21 @@ class Linears:
         If there is no memory for weights that exceed the caches.
     """
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, packing: Packing | None = None) -> None:
+        def nbytes(shape: tuple[int, int]) -> int:
+            return packing.nbytes(shape) if packing else shape[0] * shape[1] * dtype.itemsize
+
         allowed = room_for(WEIGHTS, 4)
-        part = min(1.0, allowed / (sum(rows * columns for rows, columns in shapes) * dtype.itemsize))
-        cut = [(max(int(rows * part), 1), columns) for rows, columns in shapes]
-        once = sum(rows * columns for rows, columns in cut) * dtype.itemsize
+        part = min(1.0, allowed / sum(map(nbytes, shapes)))
+        least = packed.ROWS if packing else 1
+        cut = [(max(int(rows * part) // least, 1) * least, columns) for rows, columns in shapes]
+        times = max(allowed // sum(map(nbytes, cut)), 1)
         self._pairs = [
-            (
-                torch.full((1, columns), 0.01, dtype=dtype, device="cpu"),
-                torch.full((rows, columns), 0.01, dtype=dtype, device="cpu"),
-            )
-            for _ in range(max(allowed // once, 1))
-            for rows, columns in cut
+            (torch.full((1, shape[1]), 0.01, dtype=dtype, device="cpu"), _weight(shape, dtype, packing))
+            for _ in range(times)
+            for shape in cut
         ]
-        self._nbytes = sum(weight.nbytes for _, weight in self._pairs)
+        self._nbytes = times * sum(map(nbytes, cut))
         self._sweep()  # the first time also prepares the kernels
 
     def rate(self, busy: Callable[[], bool]) -> float:
@@ -87,8 +92,15 @@ class Linears:
         return time.perf_counter() - begin
 
 
-def computing(shapes: Shapes, dtype: torch.dtype) -> float:
-    """Return how fast linear layers of these shapes compute with one row, in bytes of weights per second.
+def _weight(shape: tuple[int, int], dtype: torch.dtype, packing: Packing | None) -> torch.Tensor:
+    if packing is None:
+        return torch.full(shape, 0.01, dtype=dtype, device="cpu")
+    memory = torch.full((packing.nbytes(shape),), 0x11, dtype=torch.uint8, device="cpu")
+    return packed_weight("measured", memory, Meant(packing, shape, dtype))
+
+
+def computing(shapes: Shapes, dtype: torch.dtype, packing: Packing | None = None) -> float:
+    """Return how fast linear layers of these shapes compute with one row, in bytes of (packed) weights per second.
 
     Raises
     ------
@@ -98,11 +110,11 @@ def computing(shapes: Shapes, dtype: torch.dtype) -> float:
     with threads.applied() as (number, _):
 
         def measure() -> float:
-            linears = Linears(shapes, dtype)
+            linears = Linears(shapes, dtype, packing)
             end = time.perf_counter() + SECONDS
             return linears.rate(lambda: time.perf_counter() < end)
 
-        return _remembered((shapes, dtype, number), measure)
+        return _remembered((shapes, dtype, packing, number), measure)
 
 
 def streaming(
@@ -111,6 +123,7 @@ def streaming(
     shapes: Shapes,
     dtype: torch.dtype,
     cached: float = 0.0,
+    packing: Packing | None = None,
     *,
     write: bool = True,
 ) -> tuple[Speed, Speed]:
@@ -126,6 +139,8 @@ def streaming(
         The share of `entries` that the page cache holds, by `cached_share`, and goes on holding. Where it holds more than that,
         and where the files are not here yet, a temporary file on the same disk tells its speed: written, dropped from the page
         cache, read and deleted.
+    packing : Packing, optional
+        Of the weights, if they are quantized: these are read as they are.
     write : bool
         Whether it may be written.
 
@@ -134,16 +149,17 @@ def streaming(
     Unmeasurable
         With the reason.
     """
-    published = entries[0].dtype
+    published = torch.uint8 if packing else entries[0].dtype
+    into = torch.uint8 if packing else dtype
 
     def measure() -> tuple[Speed, Speed]:
         if checkpoint.states and cached_share(checkpoint, entries) <= cached + LITTLE:
-            with Sample(checkpoint, entries, dtype) as sample:
-                return _both(sample, shapes, dtype)
+            with Sample(checkpoint, entries, into) as sample:
+                return _both(sample, shapes, dtype, packing)
         if not write:
             raise Unmeasurable("the disk cannot be measured without writing to it")
-        with temporary(checkpoint.folder, published) as other, Sample(other, list(other.values()), dtype) as sample:
-            found = _both(sample, shapes, dtype)
+        with temporary(checkpoint.folder, published) as other, Sample(other, list(other.values()), into) as sample:
+            found = _both(sample, shapes, dtype, packing)
             if sample.missed == 0:
                 raise Unmeasurable("the disk cannot be measured: what is written to it stays in memory")
             return found
@@ -153,7 +169,7 @@ def streaming(
             device = checkpoint.folder.stat().st_dev
         except OSError as error:
             raise Unmeasurable(f"the folder cannot be read: {error.strerror}") from error
-        return _remembered((device, round(4 * cached), published, shapes, dtype, number), measure)
+        return _remembered((device, round(4 * cached), published, shapes, dtype, packing, number), measure)
 
 
 def layer_overhead() -> float:
@@ -201,9 +217,9 @@ def _remembered(key: tuple[Any, ...], measure: Callable[[], T]) -> T:
     return found
 
 
-def _both(sample: Sample, shapes: Shapes, dtype: torch.dtype) -> tuple[Speed, Speed]:
+def _both(sample: Sample, shapes: Shapes, dtype: torch.dtype, packing: Packing | None) -> tuple[Speed, Speed]:
     alone = sample.rate(2 * SECONDS)
-    compute = computing(shapes, dtype)
+    compute = computing(shapes, dtype, packing)
     results: list[float | Exception] = []
 
     def read() -> None:
@@ -212,7 +228,7 @@ def _both(sample: Sample, shapes: Shapes, dtype: torch.dtype) -> tuple[Speed, Sp
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller is who can tell
             results.append(error)
 
-    linears = Linears(shapes, dtype)
+    linears = Linears(shapes, dtype, packing)
     thread = threading.Thread(target=read, name="airllm_nb-probe", daemon=True)
     thread.start()
     try:

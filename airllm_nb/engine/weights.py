@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe, Tensors
-from airllm_nb.engine.away import Change, away
+from airllm_nb.engine.away import Away, Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.conversion import Converter, Unaided, convert
+from airllm_nb.engine.packed_weight import Meant, memory_of, packed_weight
 from airllm_nb.engine.page_cache import PAGE
 from airllm_nb.engine.reader import Reader
 
@@ -34,18 +35,25 @@ class Place(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """What a group must hold: a parameter by name, and where in a line of `ALIGN` bytes it has to begin (`phase`)."""
+    """What a group must hold: a parameter by name, and where in a line of `ALIGN` bytes it has to begin (`phase`).
+
+    Of a quantized one (`meant`), dtype and shape are those of its packed bytes.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     places: tuple[Place, ...]
     phase: int = 0
+    meant: Meant | None = None
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter in a flat buffer: `nbytes` from `offset`. A tied one has several places in the model."""
+    """One parameter in a flat buffer: `nbytes` from `offset`. A tied one has several places in the model.
+
+    Of a quantized one (`meant`), dtype and shape are those of its packed bytes.
+    """
 
     name: str
     dtype: torch.dtype
@@ -53,6 +61,12 @@ class Weight:
     offset: int
     nbytes: int
     places: tuple[Place, ...]
+    meant: Meant | None = None
+
+    def stand_in(self, device: torch.device, changes: list[Change]) -> Away:
+        """Return what stands for it while it is away."""
+        shape, dtype = (self.meant.shape, self.meant.dtype) if self.meant else (self.shape, self.dtype)
+        return away(self.name, shape, dtype, device, changes, notes=self.meant is None)
 
 
 class WeightGroup:
@@ -79,20 +93,20 @@ class WeightGroup:
     ) -> None:
         self.name = name
         self.recipes = recipes
-        self._device = device
+        self.device = device
         self.weights: dict[str, Weight] = {}
         offset = 0
         for parameter in parameters:
             nbytes = math.prod(parameter.shape) * parameter.dtype.itemsize
             offset += (parameter.phase - offset) % ALIGN
             self.weights[parameter.name] = Weight(
-                parameter.name, parameter.dtype, parameter.shape, offset, nbytes, parameter.places
+                parameter.name, parameter.dtype, parameter.shape, offset, nbytes, parameter.places, parameter.meant
             )
             offset += nbytes
         self.nbytes = -(-offset // ALIGN) * ALIGN
         self._changes: dict[str, list[Change]] = {name: [] for name in self.weights}
         self._away = [
-            (place, away(weight.name, weight.shape, weight.dtype, device, self._changes[weight.name]))
+            (place, weight.stand_in(device, self._changes[weight.name]))
             for weight in self.weights.values()
             for place in weight.places
             if not place.is_buffer
@@ -102,12 +116,12 @@ class WeightGroup:
         """Return a group that has all but some parameters, which have recipes of their own."""
         left = self.weights.keys() - set(names)
         parameters = (
-            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN)
+            Parameter(weight.name, weight.dtype, weight.shape, weight.places, weight.offset % ALIGN, weight.meant)
             for weight in self.weights.values()
             if weight.name in left
         )
         return WeightGroup(
-            self.name, parameters, [recipe for recipe in self.recipes if left & recipe.targets.keys()], self._device
+            self.name, parameters, [recipe for recipe in self.recipes if left & recipe.targets.keys()], self.device
         )
 
     def views(self, buffer: torch.Tensor) -> Tensors:
@@ -127,8 +141,9 @@ class WeightGroup:
             with torch.no_grad():
                 for function, args, kwargs in self._changes[name]:
                     function(view, *args, **kwargs)
-            parameter = _parameter(view)
-            for place in self.weights[name].places:
+            weight = self.weights[name]
+            parameter = packed_weight(name, view, weight.meant) if weight.meant else _parameter(view)
+            for place in weight.places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
 
     def detach(self) -> None:
@@ -144,7 +159,7 @@ class WeightGroup:
         memory = None
         for weight in self.weights.values():
             for place in weight.places:
-                tensor = place.table[place.attribute]
+                tensor = memory_of(place.table[place.attribute])
                 if place.is_buffer and tensor is not None:
                     place.table[place.attribute] = tensor.clone()
                 elif tensor is not None and not tensor.is_meta:
@@ -158,7 +173,7 @@ class WeightGroup:
         PyTorch counts changes in place, but not those that go through ``.data`` (as peft merges adapters): these are noticed
         where they reach one of the bytes that are sampled, some of each page.
         """
-        tensors = (place.table[place.attribute] for weight in self.weights.values() for place in weight.places)
+        tensors = (memory_of(place.table[place.attribute]) for weight in self.weights.values() for place in weight.places)
         return tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _checksum(tensor))  # noqa: SLF001  # no other way
             for tensor in tensors

@@ -75,6 +75,8 @@ def _values(option: str) -> list[str]:
         return ["auto", *_devices()]
     if option == "--dtype":
         return ["auto", "float32", "bfloat16", "float16"]
+    if option == "--quantize":
+        return ["int8", "int4"]
     return []
 
 

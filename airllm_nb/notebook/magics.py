@@ -121,7 +121,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
             self.shell.user_ns["panel"] = panel
 
     def _load(self, arguments: argparse.Namespace) -> None:
-        model = self.session.load(**self._model_options(arguments), kernels=arguments.kernels)
+        model = self.session.load(**self._load_options(arguments))
         from airllm_nb.notebook import report
 
         print(report.one_line(model))
@@ -176,7 +176,7 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb import plan
         from airllm_nb.notebook import report
 
-        print(report.plan(plan(**self._model_options(arguments), kernels=arguments.kernels)))
+        print(report.plan(plan(**self._load_options(arguments))))
 
     def _doctor(self, arguments: argparse.Namespace) -> None:
         from airllm_nb.notebook import doctor
@@ -188,6 +188,22 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         rows = options.pop("rows")
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         run_printing([sys.executable, "-m", "airllm_nb.bench", *words, "--", *rows])
+
+    def _cache(self, arguments: argparse.Namespace) -> None:
+        import_engine()
+        from airllm_nb.engine.kept import clear, kept
+        from airllm_nb.notebook import report
+
+        entries = kept()
+        if arguments.clear is None:
+            print(report.kept(entries))
+            return
+        wanted = [entry for entry in entries if arguments.clear.lower() in entry.name.lower()]
+        clear(wanted)
+        print(report.cleared(wanted))
+
+    def _load_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        return self._model_options(arguments) | {"kernels": arguments.kernels, "quantize": arguments.quantize}
 
     def _model_options(self, arguments: argparse.Namespace) -> dict[str, Any]:
         return {

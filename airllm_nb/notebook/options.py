@@ -109,6 +109,13 @@ def _sampling_options(parser: Parser) -> None:
     parser.option("-o", "--output", metavar="NAME", type=_identifier, help="put the answer into this variable")
 
 
+def _cache_parser() -> Parser:
+    parser = Parser("%airllm cache", "Show what was written to this machine's disk: quantized layers, the converted demo.")
+    parser.option("--clear", metavar="NAME", nargs="?", const="", default=None,
+                  help="remove what has NAME in its name from the disk; without NAME, all of it")  # fmt: skip
+    return parser
+
+
 def _bench_parser() -> Parser:
     parser = Parser("%airllm bench", "Measure this machine, beside transformers and other peers: minutes to an hour.")
     parser.add_argument("rows", metavar="ROW", nargs="*", help="a letter of the table, such as a or c; all if none is named")
@@ -148,10 +155,13 @@ VERBS: dict[str, Parser] = {
         "Show what loading a model would mean, from headers alone: no weight is downloaded. Seconds per token come from a short "
         "probe that reads some of what is here. Takes the same options.",
     ),
-    "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; same options but --kernels.", nargs="?"),
+    "doctor": _model_parser("doctor", "Tell whether models, or this one, can run here; most of the same options.", nargs="?"),
+    "cache": _cache_parser(),
     "bench": _bench_parser(),
 }
 for _verb in ("load", "plan"):
+    VERBS[_verb].option("--quantize", metavar="BITS", help="int8 or int4: the layers' weights in so many bits; less memory, and "
+                        "faster on a CPU, but other numbers (int4-32: in groups of 32)")  # fmt: skip
     VERBS[_verb].option("--kernels", choices=("exact", "measured"), default="exact",
                         help="measured: one row by this CPU's fastest kernel; last bits are not transformers' own")  # fmt: skip
 WORDS = {"load": " MODEL", "map": " PROMPTS", "plan": " MODEL", "doctor": " [MODEL]", "bench": " [ROW ...]"}

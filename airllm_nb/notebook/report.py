@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from airllm_nb import demo
+from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from airllm_nb import LayeredModel
     from airllm_nb.engine.devices import DeviceInfo
+    from airllm_nb.engine.kept import Kept
     from airllm_nb.engine.plan import Plan
 
 
@@ -45,6 +49,24 @@ def status(model: LayeredModel) -> str:
     """Describe the loaded model, where it computes and why, what stays in memory, and how fast it runs."""
     context = f"{model.context_length} tokens" if model.context_length else "no fixed length"
     return f"{plan(model.plan, write=False)}\ncontext   {context}"
+
+
+def kept(entries: Sequence[Kept]) -> str:
+    """List what was written to the disk."""
+    if not entries:
+        return f"Nothing is kept in {cache_home()}."
+    sizes = [format_size(entry.nbytes) for entry in entries]
+    width = max(map(len, sizes))
+    lines = [f"{size:>{width}}  {entry.name}" for size, entry in zip(sizes, entries, strict=True)]
+    total = format_size(sum(entry.nbytes for entry in entries))
+    return "\n".join([*lines, f"{total} in {cache_home()}; %airllm cache --clear removes it, --clear NAME a part of it"])
+
+
+def cleared(entries: Sequence[Kept]) -> str:
+    """Say what was removed from the disk."""
+    if not entries:
+        return "Nothing of that name is kept; %airllm cache lists what is."
+    return f"Removed: {'; '.join(entry.name for entry in entries)} ({format_size(sum(entry.nbytes for entry in entries))})."
 
 
 def devices(infos: tuple[DeviceInfo, ...]) -> str:

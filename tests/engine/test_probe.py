@@ -156,7 +156,7 @@ def test_what_the_reading_thread_raises_is_raised():
         return 1.0
 
     with pytest.raises(ValueError, match="a bug"):
-        probe._both(SimpleNamespace(rate=rate), SHAPES, torch.float32)
+        probe._both(SimpleNamespace(rate=rate), SHAPES, torch.float32, None)
 
 
 def test_only_memory_that_ran_out_is_no_error():

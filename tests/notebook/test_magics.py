@@ -89,7 +89,7 @@ def test_help(shell):
         ("%airllm laod demo", "unknown verb 'laod'; did you mean load?"),
         (
             "%airllm xyzzy",
-            "there are load, continue, map, unload, status, devices, plan, doctor, bench, and %%airllm for a prompt.",
+            "there are load, continue, map, unload, status, devices, plan, doctor, cache, bench, and %%airllm for a prompt.",
         ),
         ("%airllm load", "required: MODEL"),
         ("%airllm load x --dvice cpu", "unrecognized arguments: --dvice"),

@@ -27,7 +27,7 @@ def problems(chooser):
 
 def test_the_plan_follows_the_controls(chooser, checkpoint):
     assert "layers, all resident" in chooser.plan.value
-    assert chooser.options == DEFAULTS | {"model": str(checkpoint("llama"))}
+    assert chooser.options == DEFAULTS | {"model": str(checkpoint("llama")), "quantize": None}
     whole = plan(checkpoint("llama"), device="cpu", dtype="float32")
     chooser.memory.value = str(whole.least)
     wait_for(lambda: "streamed" in chooser.plan.value)
@@ -97,3 +97,12 @@ def test_a_bug_keeps_its_traceback(chooser, monkeypatch):
     chooser.memory.value = "2GB"
     wait_for(lambda: "This is a bug in airllm_nb" in chooser.plan.value)
     assert "ZeroDivisionError: &lt;oops&gt;" in chooser.plan.value
+
+
+def test_quantized_layers_are_planned(chooser):
+    chooser.quantize.value = "int4"
+    wait_for(lambda: "<dt>quantized</dt>" in chooser.plan.value)
+    assert "int4-64: 24 matrices of the layers" in chooser.plan.value
+    assert chooser.options["quantize"] == "int4"
+    chooser.quantize.value = "no"
+    wait_for(lambda: "<dt>quantized</dt>" not in chooser.plan.value)

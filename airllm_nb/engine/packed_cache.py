@@ -1,0 +1,244 @@
+"""Packed layers on disk: one safetensors file for each, in our cache, written once and then read as any checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
+from airllm_nb.engine.home import cache_home
+from airllm_nb.engine.memory import format_size
+from airllm_nb.engine.packed import layout
+from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
+from airllm_nb.engine.reader import Reader
+from airllm_nb.engine.rounding import nearest
+from airllm_nb.engine.sharing import Shared
+from airllm_nb.engine.skeleton import Skeleton
+from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as_bytes
+from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
+from airllm_nb.events import Fetching, Listener
+
+VERSION = 1
+"""Counted up when the same weights would be packed in another way."""
+DIGITS = 16
+FOLDER = "quantized"
+ABOUT = "about.json"
+TEMPORARY = ".part"
+WAITING = "Waiting for another process that quantizes this model"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """The file of one layer: where it is (or will be), its header, and its tensors."""
+
+    path: Path
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+    def state(self) -> FileState | None:
+        """Return the state of the file; None if it is not there, or not whole."""
+        try:
+            with self.path.open("rb") as file:
+                state = FileState.of(self.path.stat())
+                return state if state.size == self.size and file.read(len(self.header)) == self.header else None
+        except OSError:
+            return None
+
+
+class PackedCache:
+    """The packed layers of one model, on disk.
+
+    What a layer's file is called, how large it is and where each tensor lies in it follows from the model alone: so it can be
+    planned with before it exists, and a file that is another one, or incomplete, is known by its header and size.
+
+    Parameters
+    ----------
+    quantized : Quantized
+        The model.
+    checkpoint : Checkpoint
+        What it is made from.
+    name : str
+        The model's short name.
+    """
+
+    def __init__(self, quantized: Quantized, checkpoint: Checkpoint, name: str) -> None:
+        self._quantized = quantized
+        self._checkpoint = checkpoint
+        self._name = name
+        key = _key(quantized, checkpoint)
+        self.folder = cache_home() / FOLDER / f"{name}-{quantized.packing}-{key}"
+        self.files = tuple(self._file(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers))
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model whose layers are packed."""
+        return self._quantized.skeleton
+
+    def __str__(self) -> str:
+        missing = self.missing()
+        where = f"{format_size(self.nbytes)} in {self.folder}"
+        return f"{describe(self._quantized)}; {where}{', to be written first' if missing else ''}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def joined(self) -> Checkpoint:
+        """Return the model's checkpoint with the packed layers in it, as far as they are there."""
+        states = {file.path: state for file in self.files if (state := file.state())}
+        return self._checkpoint.joined((entry for file in self.files for entry in file.entries), states)
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the layers that are not there yet."""
+        return [index for index, file in enumerate(self.files) if file.state() is None]
+
+    def require_shareable(self, shared: Shared) -> None:
+        """Refuse to share what this user is about to write, and could change."""
+        if shared is True and self.missing():
+            raise SharingError(
+                f"The quantized layers of {self._name} cannot be shared: they are not here yet, and would be files of yours.",
+                "Have another user load the model once, with AIRLLM_NB_HOME set to a folder that you can read and not write to; "
+                'shared="insist" (--shared-insist) shares them at your own risk.',
+            )
+
+    def fill(self, progress: Listener | None = None) -> None:
+        """Write the layers that are not there yet, each in one step: what an interrupt leaves undone, the next call does.
+
+        Raises
+        ------
+        AirLLMError
+            If they cannot be written; nothing half-written stays.
+        CheckpointError
+            If a weight is not finite, or the checkpoint cannot be read.
+        """
+        if not self.missing():
+            return
+        tell = progress or (lambda _event: None)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _alone(self.folder, tell):
+                self._fill(tell)
+        except OSError as error:
+            raise self._refusal(error.strerror or str(error)) from error
+
+    def _fill(self, tell: Listener) -> None:
+        for leftover in self.folder.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
+        missing = self.missing()  # another process may have been quicker
+        needed = sum(self.files[index].size for index in missing)
+        if shutil.disk_usage(self.folder).free < needed:
+            raise self._refusal(os.strerror(errno.ENOSPC))
+        about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": str(self._quantized.packing)}
+        (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        reader = Reader(self._checkpoint)
+        groups = GroupReader(self._checkpoint, reader)
+        layers = self._quantized.original.layers
+        buffer = torch.empty(max(layers[index].group.nbytes for index in missing), dtype=torch.uint8, device="cpu")
+        text = f"Quantizing {self._name} to {self._quantized.packing}, once: {format_size(self.nbytes)} in {self.folder}"
+        written = self.nbytes - needed
+        try:
+            for index in missing:
+                tell(Fetching(text, layers[index].group.name, written, self.nbytes))
+                groups.fill(layers[index].group, buffer, keep_cached=False)
+                self._write(index, buffer)
+                written += self.files[index].size
+        finally:
+            reader.close()
+        tell(Fetching(text, "", written, self.nbytes))
+
+    def _write(self, index: int, buffer: torch.Tensor) -> None:
+        """Pack the layer that `buffer` holds, and put its file in place."""
+        file = self.files[index]
+        views = self._quantized.original.layers[index].group.views(buffer)
+        temporary = file.path.with_suffix(TEMPORARY)
+        try:
+            with temporary.open("wb") as out:
+                out.write(file.header)
+                for weight in stored_weights(self._quantized.skeleton.layers[index].group, self._quantized.packing):
+                    view = views[weight.name]
+                    out.write(as_bytes(_packed(view, weight) if weight.meant else view))
+                out.flush()
+                os.fsync(out.fileno())  # or a power failure could leave the name without the content
+            temporary.replace(file.path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def _file(self, index: int, group: WeightGroup, key: str) -> LayerFile:
+        path = self.folder / f"layer-{index:03}.safetensors"
+        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(VERSION), "model": key}}
+        begin = 0
+        for weight in stored_weights(group, self._quantized.packing):
+            end = begin + weight.nbytes
+            name = stored(self._quantized.packing, weight.name)
+            header[name] = {"dtype": NAMES[weight.dtype], "shape": weight.shape, "data_offsets": (begin, end)}
+            begin = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGN)  # so that weights can be mapped where they lie
+        raw = len(text).to_bytes(8, "little") + text
+        return LayerFile(path, raw, tuple(parse_header(raw, len(raw) + begin, path)))
+
+    def _refusal(self, why: str) -> AirLLMError:
+        return AirLLMError(
+            f"The quantized layers of {self._name}, {format_size(self.nbytes)}, cannot be written to {self.folder}: {why}.",
+            "Free room there, set AIRLLM_NB_HOME to a folder that has it, or load the model without quantize.",
+        )
+
+
+def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
+    assert weight.meant is not None
+    try:
+        return nearest(tensor, weight.meant.packing)
+    except ValueError as error:
+        raise CheckpointError(f"{weight.name} cannot be quantized: {error}.", "Load the model without quantize.") from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, tell: Listener) -> Iterator[None]:
+    """Let one process at a time write to a folder."""
+    lock = FileLock(folder / ".lock")
+    while True:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0.5)
+            break
+        tell(Fetching(WAITING))  # often: who listens may want to stop it
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
+    """Return what tells the packed layers of one model from all others.
+
+    The checkpoint's own tensors and files, the model's weights as the installed transformers names them, and how this CPU's
+    kernel wants them.
+    """
+    digest = hashlib.sha256(f"{VERSION} {quantized.packing} {layout()} {platform.machine()}".encode())
+    digest.update((checkpoint.folder / "config.json").read_bytes())
+    for path, state in sorted(checkpoint.states.items()):
+        digest.update(f"{path.name} {state.size} {state.mtime_ns}".encode())
+    for entry in checkpoint.values():
+        digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.offset}".encode())
+    for layer in quantized.skeleton.layers:
+        for weight in layer.group.weights.values():
+            digest.update(f"{weight.name} {weight.dtype} {weight.shape} {weight.meant and weight.meant.dtype}".encode())
+    return digest.hexdigest()[:DIGITS]

@@ -1,0 +1,138 @@
+"""Which weights of a model are kept in few bits, and the model whose layers have them so."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from airllm_nb.compat.keys import Recipe
+from airllm_nb.engine.packed import Int4, Int8, Packing
+from airllm_nb.engine.packed_weight import Meant
+from airllm_nb.engine.skeleton import Layer, Skeleton
+from airllm_nb.engine.weights import SMALL, Parameter, Weight, WeightGroup
+from airllm_nb.errors import AirLLMError
+
+ROUTER = re.compile(r"\.(gate|router|classifier)\.weight$")
+GROUPS = (32, 64, 128, 256)  # that PyTorch's kernel takes
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model without weights whose layers have packed ones, and what they are made from.
+
+    Attributes
+    ----------
+    skeleton : Skeleton
+        Its packed layers read everything but large weights that cannot be packed from tensors named `stored` (a name).
+    original : Skeleton
+        The same model, whose layers read the checkpoint as it is published.
+    packing : Packing
+        How weights are packed.
+    left : dict of str to str
+        Matrices of the layers that are left as they are, and why.
+    """
+
+    skeleton: Skeleton
+    original: Skeleton
+    packing: Packing
+    left: dict[str, str]
+
+
+def packing_of(name: str) -> Packing:
+    """Return the packing that a user names: ``"int8"``, ``"int4"`` (groups of 64 weights), or ``"int4-32"`` and so on.
+
+    Raises
+    ------
+    AirLLMError
+        If there is none of that name.
+    """
+    if name == "int8":
+        return Int8()
+    if found := re.fullmatch(r"int4(?:-(\d+))?", str(name)):
+        group = int(found[1] or 64)
+        if group in GROUPS:
+            return Int4(group)
+    groups = ", ".join(f"int4-{group}" for group in GROUPS)
+    raise AirLLMError(f"There is no quantization {name!r}.", f'Use "int8", "int4", or with groups of another size: {groups}.')
+
+
+def quantized(skeleton: Skeleton, packing: Packing) -> Quantized:
+    """Let the linear layers of each decoder layer have packed weights.
+
+    Left as they are: what is no plain linear layer's own (it would be unpacked at every use), what computes in another dtype than
+    its layer, and shapes that no kernel takes. Embeddings, norms and the head stay.
+    """
+    left: dict[str, str] = {}
+    layers = tuple(Layer(layer.module, _packed(layer, packing, left)) for layer in skeleton.layers)
+    return Quantized(replace(skeleton, layers=layers), skeleton, packing, left)
+
+
+def stored(packing: Packing, name: str, *_others: str) -> str:
+    """Return the name under which a checkpoint has a layer's weight as it was stored by us."""
+    return f"{packing}:{name}"
+
+
+def _packed(layer: Layer, packing: Packing, left: dict[str, str]) -> WeightGroup:
+    """Return a layer's weights, packed where that can be; adds to `left` what is not."""
+    group = layer.group
+    linear = {id(module._parameters) for module in layer.module.modules() if _is_plain(module)}  # noqa: SLF001
+    alone = {name: recipe for recipe in group.recipes if len(recipe.targets) == 1 for name in recipe.targets}
+    kept = [recipe for name, recipe in alone.items() if _stays(group.weights[name], linear, packing)]
+    stays = {name for recipe in kept for name in recipe.targets}
+    parameters, recipes = [], []
+    for weight in group.weights.values():
+        if weight.name in stays:
+            parameters.append(Parameter(weight.name, weight.dtype, weight.shape, weight.places))
+        else:
+            parameters.append(parameter := _parameter(weight, linear, packing))
+            recipes.append(Recipe((stored(packing, weight.name),), {weight.name: parameter.shape}))
+        if len(weight.shape) > 1 and (why := _refusal(weight, linear, packing)):
+            left[weight.name] = why
+    return WeightGroup(group.name, parameters, [*recipes, *kept], group.device)
+
+
+def _parameter(weight: Weight, linear: set[int], packing: Packing) -> Parameter:
+    if _refusal(weight, linear, packing):
+        return Parameter(weight.name, weight.dtype, weight.shape, weight.places)
+    meant = Meant(packing, weight.shape, weight.dtype)
+    return Parameter(weight.name, torch.uint8, (packing.nbytes(weight.shape),), weight.places, meant=meant)
+
+
+def _stays(weight: Weight, linear: set[int], packing: Packing) -> bool:
+    """Tell whether a weight is read from where it is published: it would take much of the disk a second time."""
+    return weight.nbytes > SMALL and _refusal(weight, linear, packing) is not None
+
+
+def _refusal(weight: Weight, linear: set[int], packing: Packing) -> str | None:
+    if ROUTER.search(weight.name):
+        return "it chooses experts, and a small error would choose others"
+    if len(weight.places) != 1 or id(weight.places[0].table) not in linear or weight.places[0].attribute != "weight":
+        return "it is not the weight of one linear layer alone"
+    return packing.refusal(weight.shape)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+def stored_weights(group: WeightGroup, packing: Packing) -> list[Weight]:
+    """Return the weights of a layer that are stored by us, in their order."""
+    own = {name for recipe in group.recipes if recipe.sources[0] == stored(packing, *recipe.targets) for name in recipe.targets}
+    return [weight for weight in group.weights.values() if weight.name in own]
+
+
+def describe(quantized: Quantized) -> str:
+    """Say in words what is packed and what is not."""
+    weights = [weight for layer in quantized.skeleton.layers for weight in layer.group.weights.values()]
+    packed = [weight for weight in weights if weight.meant]
+    numbers = sum(math.prod(weight.meant.shape) for weight in packed if weight.meant)
+    bits = sum(weight.nbytes for weight in packed) * 8 / numbers if numbers else 0
+    text = f"{quantized.packing}: {len(packed)} matrices of the layers, {bits:.2f} bits a weight"
+    if not quantized.left:
+        return text
+    name, why = next(iter(quantized.left.items()))
+    return f"{text}; {len(quantized.left)} stay as they are ({name}: {why})"

@@ -1,0 +1,39 @@
+"""%airllm load --quantize, and %airllm cache, which shows and clears what that has written."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRLLM_NB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "quantized"
+
+
+def test_quantized_layers_are_listed_and_cleared(shell, chat, home):
+    assert "Nothing is kept in" in shell.run("%airllm cache")
+    for bits in ("int4", "int8"):
+        assert "layers, all resident" in shell.run(f"%airllm load {chat} --device cpu --quantize {bits}")
+    assert "int8: 24 matrices of the layers" in shell.run("%airllm status")
+    listed = shell.run("%airllm cache")
+    assert f"{chat.name}, int4-64, from {chat}" in listed
+    assert f"{chat.name}, int8, from {chat}" in listed
+    assert "Nothing of that name" in shell.run("%airllm cache --clear elsewhere")
+    assert "Removed: " in shell.run("%airllm cache --clear int8")
+    assert [path.name.split("-")[-3] for path in home.iterdir()] == ["int4"]
+    assert "Removed: " in shell.run("%airllm cache --clear")
+    assert not list(home.iterdir())
+    shell.run("%%airllm --max-new-tokens 3\nHello")  # it stays in memory
+
+
+def test_a_streaming_model_says_that_its_layers_are_gone(shell, chat):
+    from airllm_nb import plan
+
+    least = plan(chat, device="cpu", dtype="float32", quantize="int4").least
+    shell.run(f"%airllm load {chat} --device cpu --dtype float32 --quantize int4 --memory {least}")
+    shell.run("%%airllm --max-new-tokens 3\nHello")
+    shell.run("%airllm cache --clear")
+    assert "was removed" in shell.fail("%%airllm --max-new-tokens 20\nHello")
+
+
+def test_what_is_no_quantization_is_one_line(shell, chat):
+    assert "There is no quantization 'int5'" in shell.fail(f"%airllm load {chat} --quantize int5")
