@@ -153,6 +153,39 @@ def test_maps_file_of_results(checkpoint, tmp_path):
     assert len(found) > MOMENTS // 4
 
 
+QUANTIZING = """
+import shutil
+from airllm_nb import LayeredModel
+
+def work():
+    LayeredModel.from_pretrained(os.environ["MODEL"], device="cpu", dtype="float32", quantize="int4").close()
+
+def warm():
+    work()
+    shutil.rmtree(os.environ["AIRLLM_NB_HOME"])
+"""
+
+
+def test_quantized_layers(checkpoint, tmp_path):
+    home = tmp_path / "home"
+    forks = Forks(QUANTIZING, MODEL=str(checkpoint("llama")), AIRLLM_NB_HOME=str(home))
+    status, seconds, _ = forks.run()
+    assert status == 0
+    (folder,) = (home / "quantized").iterdir()
+    expected = digests(folder)
+    killed, found = 0, set()
+    while killed < MOMENTS:
+        shutil.rmtree(home)
+        status, *_ = forks.run(kill_within=seconds)
+        killed += status == KILLED
+        found.add(len(list(folder.glob("*.safetensors"))) if folder.is_dir() else 0)
+        status, *_ = forks.run()
+        assert status == 0
+        assert digests(folder) == expected
+    forks.close()
+    assert len(found) > 1  # some were killed in the middle
+
+
 def test_the_file_that_stands_for_a_checkpoint(tmp_path, monkeypatch):
     """A probe that is killed leaves 256 MB; a later one takes them away, but nothing that another process may be using."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
