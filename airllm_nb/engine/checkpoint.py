@@ -12,8 +12,8 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`, in C order."""
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`, in C order.
+
+    Those of a tensor that is to be unpacked (its `dtype` is uint8 then) become numbers by ``unpack(bytes, into)``.
+    """
 
     name: str
     dtype: torch.dtype
@@ -43,6 +46,7 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
+    unpack: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+DEMO_FOLDER = "SmolLM2-135M-Instruct-v1"  # counted up when the conversion changes
+
 
 def cache_home() -> Path:
     """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder."""

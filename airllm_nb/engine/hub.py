@@ -127,7 +127,7 @@ def locate_headers(
 
 
 def _local_folder(model: str | os.PathLike[str]) -> Path | None:
-    """Return the folder that `model` names, or None if it can only be a model of the hub."""
+    """Return the folder or the GGUF file that `model` names, or None if it can only be a model of the hub."""
     text = os.fspath(model)
     path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises on an unknown "~name"
     try:
@@ -136,10 +136,11 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
         is_folder = is_file = False
     if is_folder:
         return path.absolute()  # the notebook may change its folder while layers stream
+    if is_file and path.suffix.lower() == ".gguf":
+        return path.absolute()
     if is_file:
-        kind = "GGUF files are not supported yet" if path.suffix.lower() == ".gguf" else "it is a file, not a folder"
         raise CheckpointError(
-            f'"{text}" cannot be loaded: {kind}.',
+            f'"{text}" cannot be loaded: it is a file, not a folder.',
             "Name the folder that holds config.json and the .safetensors files, or a model of the hub as org/name.",
         )
     if not isinstance(model, str) or path.is_absolute() or text.startswith((".", "~")) or text.count(os.sep) > 1:
@@ -226,7 +227,9 @@ def _check_listing(repo: str, listed: KeysView[str]) -> None:
     if not listed & {SINGLE, INDEX}:
         pickles = sorted(name for name in listed if name.endswith((".bin", ".pth", ".pt")))
         if any(name.endswith(".gguf") for name in listed):
-            raise CheckpointError(f'"{repo}" holds GGUF files, which are not supported yet.', OTHER)
+            raise CheckpointError(
+                f'"{repo}" holds GGUF files, which are read from this machine only: download one, and name its path.', OTHER
+            )
         if pickles and not any(name.endswith(".safetensors") for name in listed):
             raise CheckpointError(
                 f'"{repo}" holds only pickled weights ({pickles[0]}), and loading a pickle can run any code.',

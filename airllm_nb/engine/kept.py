@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from airllm_nb.engine.home import cache_home
-from airllm_nb.engine.packed_cache import ABOUT, FOLDER
+from filelock import FileLock, Timeout
+
+from airllm_nb.engine.home import DEMO_FOLDER, cache_home
+from airllm_nb.engine.packed_cache import ABOUT, FOLDER, LOCK
 from airllm_nb.errors import AirLLMError
 
 
@@ -20,7 +22,9 @@ class Kept:
     Attributes
     ----------
     name : str
-        What it is of, in words.
+        The model, and how it is quantized.
+    text : str
+        The same, and where it comes from.
     folder : Path
         Where it is.
     nbytes : int
@@ -28,15 +32,18 @@ class Kept:
     """
 
     name: str
+    text: str
     folder: Path
     nbytes: int
 
 
 def kept() -> list[Kept]:
-    """Return what is there, the largest first."""
+    """Return what is there, the largest first: nothing but what we know as ours, for others may use the folder as well."""
     home = cache_home()
-    found = [Kept(_name(folder), folder, _nbytes(folder)) for folder in _folders(home / FOLDER)]
-    found += [Kept(folder.name, folder, _nbytes(folder)) for folder in _folders(home) if (folder / "config.json").is_file()]
+    folders = [path.parent for path in home.glob(f"{FOLDER}/*/{ABOUT}")]
+    found = [Kept(*_described(folder), folder, _nbytes(folder)) for folder in folders]
+    if (home / DEMO_FOLDER / "config.json").is_file():
+        found.append(Kept("demo", "the demo model, converted", home / DEMO_FOLDER, _nbytes(home / DEMO_FOLDER)))
     return sorted(found, key=lambda one: -one.nbytes)
 
 
@@ -46,28 +53,28 @@ def clear(entries: Iterable[Kept]) -> None:
     Raises
     ------
     AirLLMError
-        If something cannot be removed.
+        If something is being written, or cannot be removed.
     """
     try:
         for entry in entries:
-            shutil.rmtree(entry.folder)
+            with FileLock(entry.folder / LOCK, timeout=0):
+                shutil.rmtree(entry.folder)
+    except Timeout as error:
+        raise AirLLMError("Another process writes to it at this moment.", "Wait until it is done, or stop it.") from error
     except OSError as error:
         raise AirLLMError(
             f"{error.filename or 'It'} cannot be removed: {error.strerror or error}.", "Remove it by hand, as whoever owns it."
         ) from error
 
 
-def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.glob("[!.]*") if path.is_dir())
-
-
-def _name(folder: Path) -> str:
-    """Return what a folder of quantized layers is of, by its own word."""
+def _described(folder: Path) -> tuple[str, str]:
+    """Return name and description of a folder of quantized layers, by its own word."""
     try:
         about = json.loads((folder / ABOUT).read_bytes())
-        return f"{about['model']}, {about['quantization']}, from {about['source']}"
+        name = f"{about['model']}, {about['quantization']}"
+        return name, f"{name}, from {about['source']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return folder.name
+        return folder.name, folder.name
 
 
 def _nbytes(folder: Path) -> int:

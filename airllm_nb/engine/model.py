@@ -14,9 +14,9 @@ from airllm_nb.compat import cache, longrope
 from airllm_nb.compat.tokenizer import load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, many, taps, threads, tracing
-from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.experts import ExpertStore
 from airllm_nb.engine.freeing import free
+from airllm_nb.engine.gguf_checkpoint import open_checkpoint
 from airllm_nb.engine.layered import make_layered
 from airllm_nb.engine.loading import load_weights
 from airllm_nb.engine.mapped import SharingReader
@@ -91,7 +91,7 @@ class LayeredModel:
         Parameters
         ----------
         model : str or path
-            A hub id, a local folder with ``config.json`` and safetensors files, or ``"demo"``.
+            A hub id, a local folder with ``config.json`` and safetensors files, a GGUF file, or ``"demo"``.
         device : str or torch.device
             ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:0"``, ``"mps"`` ...
         dtype : str or torch.dtype
@@ -127,7 +127,7 @@ class LayeredModel:
         require_supported()  # before gigabytes are fetched in vain
         name, model = named(model, progress)
         path = hub.locate(model, revision=revision, token=token, progress=progress)
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         skeleton, decided, stacks, packed = prepare(
             name, checkpoint, device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
             trust_remote_code=trust_remote_code, quantize=quantize,
@@ -138,7 +138,7 @@ class LayeredModel:
         if decided.device.type == "cpu":
             threads.apply()
         reader = Reader(checkpoint)
-        loaded = cls(skeleton, reader, decided, path, trust_remote_code=trust_remote_code)
+        loaded = cls(skeleton, reader, decided, checkpoint.folder, trust_remote_code=trust_remote_code)
         try:
             loaded.progress = progress
             groups = (SharingReader if shared else GroupReader)(checkpoint, reader)

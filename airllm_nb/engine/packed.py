@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import linear
 
+from airllm_nb.errors import UnsupportedError
+
 SCALES = torch.bfloat16
 """What scales are stored and multiplied in: kernels take scales in the activations' dtype, and are fast in bfloat16 alone."""
 UNPACKED = 16 << 20
@@ -50,7 +52,8 @@ class Int8:
     def dense(self, packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight that is meant, in full."""
         codes, scales = self._parts(packed, shape)
-        return codes.to(dtype).mul_(scales.to(dtype)[:, None])
+        exact = torch.float32 if dtype == torch.float16 else dtype  # which has no room for small scales
+        return codes.to(exact).mul_(scales.to(exact)[:, None]).to(dtype)
 
     def multiply(self, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Multiply bfloat16 rows, shape (rows, inputs), by the kernel on the CPU; returns (rows, outputs)."""
@@ -97,12 +100,14 @@ class Int4:
         """Return the codes less 8, shape (outputs, inputs), int8."""
         outputs, inputs = shape
         out = torch.empty(shape, dtype=torch.int8, device=packed.device)
-        block = layout()
+        block, neighbours = layout()
         whole = outputs // block * block
         # Turned round as bytes of two weights each: PyTorch is much slower where it converts numbers on the way.
         half = packed[: whole * inputs // 2].view(-1, inputs, block // 2).transpose(1, 2).contiguous()
-        blocks = out[:whole].view(-1, 2, block // 2, inputs)
-        blocks[:, 0], blocks[:, 1] = half & 15, half >> 4
+        shared = (-1, block // 2, 2, inputs) if neighbours else (-1, 2, block // 2, inputs)
+        low, high = out[:whole].view(shared).unbind(2 if neighbours else 1)
+        low.copy_(half & 15)
+        high.copy_(half >> 4)
         if rest := outputs - whole:  # there, neighbours share a byte
             pairs = packed[whole * inputs // 2 : outputs * inputs // 2].view(inputs, rest // 2).T
             out[whole::2], out[whole + 1 :: 2] = pairs & 15, pairs >> 4
@@ -110,12 +115,13 @@ class Int4:
 
     def dense(self, packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight that is meant, in full."""
-        scales, zeros = self._scales(packed, shape).to(dtype).permute(2, 1, 0).unsqueeze(-1).contiguous()
+        exact = torch.float32 if dtype == torch.float16 else dtype  # which has no room for small scales
+        scales, zeros = self._scales(packed, shape).to(exact).permute(2, 1, 0).unsqueeze(-1).contiguous()
         codes = self.codes(packed, shape).view(shape[0], -1, self.group)
         out = torch.empty(codes.shape, dtype=dtype, device=packed.device)
         step = max(PIECE // shape[1], 1)
         for part in (slice(begin, begin + step) for begin in range(0, shape[0], step)):
-            out[part].copy_(codes[part]).mul_(scales[part]).add_(zeros[part])
+            out[part].copy_(codes[part].to(exact).mul_(scales[part]).add_(zeros[part]))
         return out.view(shape)
 
     def multiply(self, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -142,21 +148,37 @@ Packing = Int8 | Int4
 
 
 @functools.cache
-def layout() -> int:
-    """Return of how many outputs PyTorch's 4-bit kernel makes a block: their first half is in the lower half of each byte.
+def layout() -> tuple[int, bool]:
+    """Return how PyTorch's 4-bit kernel wants weights: outputs in a block, and whether neighbours share a byte.
 
-    That depends on the CPU, and is found by packing numbers that differ; 2 if neighbours share a byte everywhere.
+    Otherwise the first half of a block is in the lower half of each byte. That depends on the CPU, and is found by packing
+    numbers that differ.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is none of those that are known, or there is no such kernel.
     """
     outputs, inputs = 128, COLUMNS
     codes = torch.arange(outputs, dtype=torch.int32)[:, None].expand(outputs, inputs).contiguous()
-    parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes >> shift & 15, 1).flatten() for shift in (0, 4)]  # noqa: SLF001
-    low, high = ((parts[0] >> shift & 15) + (parts[1] >> shift & 15) * 16 for shift in (0, 4))
-    for block in (64, 32, 2):
-        rows = torch.arange(outputs, dtype=torch.uint8).view(-1, 2, block // 2)
-        expected = (rows[:, half, None, :].expand(-1, inputs, -1).flatten() for half in (0, 1))
-        if all(map(torch.equal, (low, high), expected)):
-            return block
-    raise NotImplementedError("This PyTorch packs 4-bit weights in a way that is not known here.")
+    try:
+        parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes >> shift & 15, 1).flatten() for shift in (0, 4)]  # noqa: SLF001
+    except (AttributeError, RuntimeError) as error:
+        raise _no_int4() from error
+    found = [(parts[0] >> shift & 15) + (parts[1] >> shift & 15) * 16 for shift in (0, 4)]
+    rows = torch.arange(outputs, dtype=torch.uint8)
+    for block, neighbours in ((64, False), (32, False), (32, True), (64, True)):
+        halves = rows.view(-1, block // 2, 2).unbind(2) if neighbours else rows.view(-1, 2, block // 2).unbind(1)
+        expected = [half[:, None, :].expand(-1, inputs, -1).flatten() for half in halves]
+        if all(map(torch.equal, found, expected)):
+            return block, neighbours
+    raise _no_int4()
+
+
+def _no_int4() -> UnsupportedError:
+    return UnsupportedError(
+        f"PyTorch {torch.__version__} has no 4-bit kernel for this processor that is known here.", 'Use quantize="int8".'
+    )
 
 
 def _refusal(shape: tuple[int, ...], columns: int) -> str | None:
@@ -177,7 +199,7 @@ def multiply(
     """Multiply as ``linear`` does by a packed weight: a few rows by its kernel, more by the weight unpacked."""
     flat = rows.reshape(-1, shape[1])
     if packed.device.type == "cpu" and len(flat) <= packing.most_rows and not torch.is_grad_enabled():
-        product = packing.multiply(flat.to(SCALES), packed, shape).to(rows.dtype)
+        product = packing.multiply(flat.to(SCALES).contiguous(), packed, shape).to(rows.dtype)
         if bias is not None:
             product += bias
         return product.view(*rows.shape[:-1], shape[0])

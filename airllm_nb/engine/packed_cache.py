@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.packed import layout
+from airllm_nb.engine.packed import Int4, layout
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.rounding import nearest
@@ -34,6 +35,8 @@ VERSION = 1
 DIGITS = 16
 FOLDER = "quantized"
 ABOUT = "about.json"
+LOCK = ".lock"
+PAGE = 4096
 TEMPORARY = ".part"
 WAITING = "Waiting for another process that quantizes this model"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -83,7 +86,7 @@ class PackedCache:
         self._checkpoint = checkpoint
         self._name = name
         key = _key(quantized, checkpoint)
-        self.folder = cache_home() / FOLDER / f"{name}-{quantized.packing}-{key}"
+        self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.packing}-{key}"
         self.files = tuple(self._file(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers))
 
     @property
@@ -150,24 +153,29 @@ class PackedCache:
         (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         reader = Reader(self._checkpoint)
         groups = GroupReader(self._checkpoint, reader)
-        layers = self._quantized.original.layers
-        buffer = torch.empty(max(layers[index].group.nbytes for index in missing), dtype=torch.uint8, device="cpu")
+        sources = {index: self._source(index) for index in missing}
+        buffer = torch.empty(max(group.nbytes for group in sources.values()), dtype=torch.uint8, device="cpu")
         text = f"Quantizing {self._name} to {self._quantized.packing}, once: {format_size(self.nbytes)} in {self.folder}"
         written = self.nbytes - needed
         try:
             for index in missing:
-                tell(Fetching(text, layers[index].group.name, written, self.nbytes))
-                groups.fill(layers[index].group, buffer, keep_cached=False)
-                self._write(index, buffer)
+                tell(Fetching(text, sources[index].name, written, self.nbytes))
+                groups.fill(sources[index], buffer, keep_cached=False)
+                self._write(index, sources[index].views(buffer))
                 written += self.files[index].size
         finally:
             reader.close()
         tell(Fetching(text, "", written, self.nbytes))
 
-    def _write(self, index: int, buffer: torch.Tensor) -> None:
-        """Pack the layer that `buffer` holds, and put its file in place."""
+    def _source(self, index: int) -> WeightGroup:
+        """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
+        own = self._quantized.skeleton.layers[index].group
+        group = self._quantized.original.layers[index].group
+        return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
+
+    def _write(self, index: int, views: Tensors) -> None:
+        """Pack a layer's weights, and put its file in place."""
         file = self.files[index]
-        views = self._quantized.original.layers[index].group.views(buffer)
         temporary = file.path.with_suffix(TEMPORARY)
         try:
             with temporary.open("wb") as out:
@@ -214,31 +222,38 @@ def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
 @contextlib.contextmanager
 def _alone(folder: Path, tell: Listener) -> Iterator[None]:
     """Let one process at a time write to a folder."""
-    lock = FileLock(folder / ".lock")
-    while True:
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0.5)
-            break
-        tell(Fetching(WAITING))  # often: who listens may want to stop it
+    lock = FileLock(folder / LOCK)
     try:
+        while True:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0.5)
+                break
+            tell(Fetching(WAITING))  # often: who listens may want to stop it
         yield
     finally:
-        lock.release()
+        lock.release()  # also if an interrupt came right after it was taken
 
 
 def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
     """Return what tells the packed layers of one model from all others.
 
-    The checkpoint's own tensors and files, the model's weights as the installed transformers names them, and how this CPU's
-    kernel wants them.
+    The checkpoint's own tensors, the state of its files and a page from the middle of each tensor, the model's weights as the
+    installed transformers names them, and how this CPU's kernel wants them. (From headers alone, a plan cannot know it all.)
     """
-    digest = hashlib.sha256(f"{VERSION} {quantized.packing} {layout()} {platform.machine()}".encode())
+    wants = layout() if isinstance(quantized.packing, Int4) else ""
+    digest = hashlib.sha256(f"{VERSION} {quantized.packing} {wants} {platform.machine()}".encode())
     digest.update((checkpoint.folder / "config.json").read_bytes())
     for path, state in sorted(checkpoint.states.items()):
-        digest.update(f"{path.name} {state.size} {state.mtime_ns}".encode())
+        digest.update(f"{path.name} {state.size} {state.mtime_ns} {state.ctime_ns} {state.inode}".encode())
     for entry in checkpoint.values():
         digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.offset}".encode())
     for layer in quantized.skeleton.layers:
         for weight in layer.group.weights.values():
             digest.update(f"{weight.name} {weight.dtype} {weight.shape} {weight.meant and weight.meant.dtype}".encode())
+    if checkpoint.states:
+        with contextlib.closing(Reader(checkpoint)) as reader:
+            for entry in checkpoint.values():
+                page = memoryview(bytearray(min(PAGE, entry.nbytes)))
+                reader.read(entry.file, entry.offset + (entry.nbytes - len(page)) // 2, page, keep_cached=True)
+                digest.update(page)
     return digest.hexdigest()[:DIGITS]

@@ -38,6 +38,12 @@ class PackedWeight(Away):
         """Return the weight that is meant, in full."""
         return self.meant.packing.dense(self.memory, self.meant.shape, self.meant.dtype)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> PackedWeight:
+        return packed_weight(self.label, self.memory.clone(), self.meant)
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return packed_weight, (self.label, self.memory, self.meant)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -46,11 +52,56 @@ class PackedWeight(Away):
         match args:
             case (rows, PackedWeight() as weight, *bias) if func is linear and not options:
                 return packed.multiply(weight.meant.packing, rows, weight.memory, weight.meant.shape, *bias)
+        if _changes(func, args, options):
+            return super().__torch_function__(func, types, args, kwargs)  # refuses
         if (known := answer(func, args, options)) is not NO_QUESTION:
             return known
-        if in_place(func) and args and isinstance(args[0], PackedWeight):
-            return super().__torch_function__(func, types, args, kwargs)  # refuses
-        return func(*map(_dense, args), **{name: _dense(value) for name, value in options.items()})
+        result = func(*map(_dense, args), **{name: _dense(value) for name, value in options.items()})
+        return result.as_subclass(Unpacked) if _aliases(func, args) else result
+
+
+class Unpacked(torch.Tensor):
+    """What a packed weight means, in memory of its own: a change of it would be lost, and so is refused."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], _types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if _changes(func, args, kwargs or {}):
+            raise PackedWeight.refusal(args)
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
+            result = func(*map(_dense, args), **{name: _dense(value) for name, value in (kwargs or {}).items()})
+        return result.as_subclass(Unpacked) if _aliases(func, args) else _plain(result)
+
+
+ALIASES = frozenset((
+    "__getitem__", "detach", "expand", "flatten", "narrow", "permute", "reshape", "select", "squeeze", "t", "transpose",
+    "unsqueeze", "view", "view_as",
+))  # fmt: skip
+"""Functions whose result shares memory with what they are given."""
+GETTERS = tuple(getattr(torch.Tensor, name).__get__ for name in ("data", "T", "mT"))
+
+
+def _aliases(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    ours = args and isinstance(args[0], (PackedWeight, Unpacked))
+    return bool(ours) and (func.__name__ in ALIASES or func in GETTERS)
+
+
+def _changes(func: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    """Tell whether a function would change a packed weight, or what it means."""
+    ours = (PackedWeight, Unpacked)
+    if isinstance(options.get("out"), ours):
+        return True
+    if not (args and isinstance(args[0], ours)):
+        return False
+    name = func.__name__
+    if name in {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}:
+        return True
+    return in_place(func) and name != "requires_grad_"
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, Unpacked) else value
 
 
 def packed_weight(name: str, memory: torch.Tensor, meant: Meant) -> PackedWeight:

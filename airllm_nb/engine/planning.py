@@ -17,6 +17,7 @@ from airllm_nb.engine import memory as room
 from airllm_nb.engine.checkpoint import Checkpoint
 from airllm_nb.engine.devices import select_device, select_dtype
 from airllm_nb.engine.expert_stacks import ExpertStack
+from airllm_nb.engine.gguf_checkpoint import open_checkpoint
 from airllm_nb.engine.memory import ACTIVATIONS, format_size
 from airllm_nb.engine.packed_cache import PackedCache
 from airllm_nb.engine.plan import ExpertsPlan, Plan
@@ -64,7 +65,7 @@ def plan(
     name, model = named(model, progress)
     folder, headers = hub.locate_headers(model, revision=revision, token=token)
     return prepare(
-        name, Checkpoint(folder, headers), device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
+        name, open_checkpoint(folder, headers), device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
         trust_remote_code=trust_remote_code, quantize=quantize,
     ).plan  # fmt: skip
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe
-from airllm_nb.engine.packed import Int4, Int8, Packing
+from airllm_nb.engine.packed import Int4, Int8, Packing, layout
 from airllm_nb.engine.packed_weight import Meant
 from airllm_nb.engine.skeleton import Layer, Skeleton
 from airllm_nb.engine.weights import SMALL, Parameter, Weight, WeightGroup
-from airllm_nb.errors import AirLLMError
+from airllm_nb.errors import AirLLMError, UnsupportedError
 
-ROUTER = re.compile(r"\.(gate|router|classifier)\.weight$")
+ROUTER = re.compile(r"\.(gate|classifier|\w*router\w*)\.")
 GROUPS = (32, 64, 128, 256)  # that PyTorch's kernel takes
 
 
@@ -52,7 +52,7 @@ def packing_of(name: str) -> Packing:
     """
     if name == "int8":
         return Int8()
-    if found := re.fullmatch(r"int4(?:-(\d+))?", str(name)):
+    if found := re.fullmatch(r"int4(?:-(\d{1,4}))?", str(name)):
         group = int(found[1] or 64)
         if group in GROUPS:
             return Int4(group)
@@ -65,9 +65,23 @@ def quantized(skeleton: Skeleton, packing: Packing) -> Quantized:
 
     Left as they are: what is no plain linear layer's own (it would be unpacked at every use), what computes in another dtype than
     its layer, and shapes that no kernel takes. Embeddings, norms and the head stay.
+
+    Raises
+    ------
+    UnsupportedError
+        If nothing can be packed, or the model changes its own weights.
     """
+    if skeleton.model.config.model_type == "rwkv":
+        raise UnsupportedError(
+            "This model rescales its own weights, which packed ones cannot follow.", "Load it without quantize."
+        )
+    if isinstance(packing, Int4):
+        layout()  # whether there is a kernel
     left: dict[str, str] = {}
-    layers = tuple(Layer(layer.module, _packed(layer, packing, left)) for layer in skeleton.layers)
+    layers = tuple(Layer(layer.module, _packed(layer, packing, skeleton.model.dtype, left)) for layer in skeleton.layers)
+    if not any(weight.meant for layer in layers for weight in layer.group.weights.values()):
+        name, why = next(iter(left.items()), ("its layers", "they have no matrices"))
+        raise UnsupportedError(f"Nothing of this model can be quantized: {name}: {why}.", "Load it without quantize.")
     return Quantized(replace(skeleton, layers=layers), skeleton, packing, left)
 
 
@@ -76,38 +90,40 @@ def stored(packing: Packing, name: str, *_others: str) -> str:
     return f"{packing}:{name}"
 
 
-def _packed(layer: Layer, packing: Packing, left: dict[str, str]) -> WeightGroup:
+def _packed(layer: Layer, packing: Packing, dtype: torch.dtype, left: dict[str, str]) -> WeightGroup:
     """Return a layer's weights, packed where that can be; adds to `left` what is not."""
     group = layer.group
     linear = {id(module._parameters) for module in layer.module.modules() if _is_plain(module)}  # noqa: SLF001
     alone = {name: recipe for recipe in group.recipes if len(recipe.targets) == 1 for name in recipe.targets}
-    kept = [recipe for name, recipe in alone.items() if _stays(group.weights[name], linear, packing)]
+    kept = [recipe for name, recipe in alone.items() if _stays(group.weights[name], linear, packing, dtype)]
     stays = {name for recipe in kept for name in recipe.targets}
     parameters, recipes = [], []
     for weight in group.weights.values():
         if weight.name in stays:
             parameters.append(Parameter(weight.name, weight.dtype, weight.shape, weight.places))
         else:
-            parameters.append(parameter := _parameter(weight, linear, packing))
+            parameters.append(parameter := _parameter(weight, linear, packing, dtype))
             recipes.append(Recipe((stored(packing, weight.name),), {weight.name: parameter.shape}))
-        if len(weight.shape) > 1 and (why := _refusal(weight, linear, packing)):
+        if len(weight.shape) > 1 and (why := _refusal(weight, linear, packing, dtype)):
             left[weight.name] = why
     return WeightGroup(group.name, parameters, [*recipes, *kept], group.device)
 
 
-def _parameter(weight: Weight, linear: set[int], packing: Packing) -> Parameter:
-    if _refusal(weight, linear, packing):
+def _parameter(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> Parameter:
+    if _refusal(weight, linear, packing, dtype):
         return Parameter(weight.name, weight.dtype, weight.shape, weight.places)
     meant = Meant(packing, weight.shape, weight.dtype)
     return Parameter(weight.name, torch.uint8, (packing.nbytes(weight.shape),), weight.places, meant=meant)
 
 
-def _stays(weight: Weight, linear: set[int], packing: Packing) -> bool:
+def _stays(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> bool:
     """Tell whether a weight is read from where it is published: it would take much of the disk a second time."""
-    return weight.nbytes > SMALL and _refusal(weight, linear, packing) is not None
+    return weight.nbytes > SMALL and _refusal(weight, linear, packing, dtype) is not None
 
 
-def _refusal(weight: Weight, linear: set[int], packing: Packing) -> str | None:
+def _refusal(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> str | None:
+    if weight.dtype != dtype:
+        return f"it computes in {str(weight.dtype).removeprefix('torch.')}"
     if ROUTER.search(weight.name):
         return "it chooses experts, and a small error would choose others"
     if len(weight.places) != 1 or id(weight.places[0].table) not in linear or weight.places[0].attribute != "weight":
@@ -134,5 +150,9 @@ def describe(quantized: Quantized) -> str:
     text = f"{quantized.packing}: {len(packed)} matrices of the layers, {bits:.2f} bits a weight"
     if not quantized.left:
         return text
-    name, why = next(iter(quantized.left.items()))
-    return f"{text}; {len(quantized.left)} stay as they are ({name}: {why})"
+    stays = {weight.name: weight.nbytes for weight in weights if weight.name in quantized.left}
+    name = max(stays, key=stays.__getitem__)  # the first of the largest
+    share = sum(stays.values()) / sum(
+        weight.nbytes for layer in quantized.original.layers for weight in layer.group.weights.values()
+    )
+    return f"{text}; {len(stays)} stay as they are, {share:.0%} of the layers' bytes ({name}: {quantized.left[name]})"

@@ -282,7 +282,11 @@ class GroupReader:
         flat, begin, missed = into.view(-1), 0, 0
         for entry in entries:
             end = begin + math.prod(entry.shape)
-            if entry.dtype == into.dtype:
+            if entry.unpack is not None:
+                raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+                missed += self._reader.read(entry.file, entry.offset, as_bytes(raw), keep_cached=keep_cached)
+                entry.unpack(raw, flat[begin:end].view(entry.shape))
+            elif entry.dtype == into.dtype:
                 missed += self._reader.read(entry.file, entry.offset, as_bytes(flat[begin:end]), keep_cached=keep_cached)
             else:
                 missed += self._read_and_convert(entry, flat[begin:end], converter, keep_cached=keep_cached)

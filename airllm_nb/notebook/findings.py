@@ -132,14 +132,16 @@ def of_model(
         As for `LayeredModel.from_pretrained`.
     """
     from airllm_nb.engine import hub
-    from airllm_nb.engine.checkpoint import Checkpoint, read_config
+    from airllm_nb.engine.checkpoint import read_config
+    from airllm_nb.engine.gguf_checkpoint import open_checkpoint
     from airllm_nb.engine.planning import named
 
     found: list[Finding] = []
     with _told(found, "files"):
         folder, headers = hub.locate_headers(named(model)[1], revision=revision)
-        found += _config(folder, read_config(folder), trust_remote_code=trust_remote_code)
-        found += _place(Checkpoint(folder, headers), device, dtype, shared)
+        if folder.is_dir():  # before its weights are looked at: of a GGUF file both come together
+            found += _config(folder, read_config(folder), trust_remote_code=trust_remote_code)
+        found += _place(open_checkpoint(folder, headers), device, dtype, shared)
         if all(one.ok for one in found):
             options = {"revision": revision, "trust_remote_code": trust_remote_code, "shared": shared}
             found += _fit(model, device=device, dtype=dtype, memory=memory, **options)

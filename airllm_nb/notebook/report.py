@@ -57,7 +57,7 @@ def kept(entries: Sequence[Kept]) -> str:
         return f"Nothing is kept in {cache_home()}."
     sizes = [format_size(entry.nbytes) for entry in entries]
     width = max(map(len, sizes))
-    lines = [f"{size:>{width}}  {entry.name}" for size, entry in zip(sizes, entries, strict=True)]
+    lines = [f"{size:>{width}}  {entry.text}" for size, entry in zip(sizes, entries, strict=True)]
     total = format_size(sum(entry.nbytes for entry in entries))
     return "\n".join([*lines, f"{total} in {cache_home()}; %airllm cache --clear removes it, --clear NAME a part of it"])
 

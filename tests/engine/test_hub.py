@@ -147,8 +147,8 @@ def test_a_missing_folder_is_named(machine):
 
 def test_a_file_is_no_model(machine, sharded):
     gguf, weights = machine.run(("locate", str(sharded / "model.Q4_0.gguf")), ("locate_headers", str(sharded / SHARDS[0])))
-    assert gguf["error"] == weights["error"] == "CheckpointError"
-    assert "GGUF files are not supported yet" in gguf["cause"]
+    assert gguf["value"] == str(sharded / "model.Q4_0.gguf")  # but a GGUF file is one
+    assert weights["error"] == "CheckpointError"
     assert "a file, not a folder" in weights["cause"]
 
 
@@ -351,7 +351,7 @@ def test_pickles_are_refused_and_never_requested(machine, tmp_path):
         assert names[repo] in done[repo]["cause"]
         assert "save_pretrained" in done[repo]["remedy"]
         assert "refs/pr/" in done[repo]["remedy"]
-    assert "not supported yet" in done["org/gguf"]["cause"]
+    assert "read from this machine only" in done["org/gguf"]["cause"]
     assert machine.hub.files_asked_for() == set()
 
 

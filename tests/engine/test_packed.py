@@ -1,5 +1,11 @@
 """Packed weights: what they mean, and that kernels multiply by just that."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -57,6 +63,38 @@ def test_kernels_multiply_by_what_is_meant(packing, shape, rows):
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_rows_that_do_not_lie_one_after_the_other(packing):
+    packed = nearest(random(64, 128), packing)
+    for given in (random(128, 5).bfloat16().T, random(3, 256).bfloat16()[:, :128]):
+        with torch.no_grad():
+            expected = multiply(packing, given.contiguous(), packed, (64, 128))
+            assert torch.equal(multiply(packing, given, packed, (64, 128)), expected)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_processors(capability):
+    """Kernels of other processors want weights in another order."""
+    code = """
+import sys, torch
+from airllm_nb.engine.packed import Int4, layout, multiply
+from airllm_nb.engine.rounding import nearest
+torch.manual_seed(0)
+for outputs in (16, 48, 64, 80, 96, 128):
+    weight, rows, shape = torch.randn(outputs, 128), torch.randn(3, 128).bfloat16(), (outputs, 128)
+    packed = nearest(weight, Int4())
+    dense = Int4().dense(packed, shape, torch.float32)
+    assert (dense - weight).norm() < 0.15 * weight.norm(), outputs
+    with torch.no_grad():
+        product = multiply(Int4(), rows, packed, shape).float()
+    assert (product - rows.float() @ dense.T).norm() < 0.02 * product.norm(), outputs
+print(layout())
+"""
+    environ = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_many_rows_take_the_unpacked_weight(packing):
     shape = (64, 128)
     packed = nearest(random(*shape), packing)
@@ -104,6 +142,20 @@ def test_what_is_no_number_is_not_packed(packing, number):
         nearest(weight, packing)
 
 
+CHANGES = [
+    lambda weight: weight.mul_(2),
+    lambda weight: weight.data.zero_(),
+    lambda weight: weight.data.__setitem__(slice(None), 0),
+    lambda weight: weight.__setitem__(0, 0),
+    lambda weight: weight.detach().zero_(),
+    lambda weight: weight.view(-1).zero_(),
+    lambda weight: weight[3].zero_(),
+    lambda weight: weight.T.zero_(),
+    lambda weight: torch.mul(torch.ones(64, 128), 2, out=weight),
+    lambda weight: weight.__imul__(2),
+]
+
+
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_a_packed_parameter_answers_as_what_it_means(packing):
     shape = (64, 128)
@@ -114,5 +166,10 @@ def test_a_packed_parameter_answers_as_what_it_means(packing):
     assert torch.equal(weight.T @ weight, dense.T @ dense)
     assert torch.equal(torch.cat([weight, dense]), torch.cat([dense, dense]))
     assert torch.equal(weight[3], dense[3])
-    with pytest.raises(UnsupportedError, match=r"layer\.weight in a way that a quantized weight cannot follow.*without quantize"):
-        weight.mul_(2)
+    for change in CHANGES:
+        with pytest.raises(UnsupportedError, match=r"in a way that a quantized weight cannot follow.*without quantize"):
+            change(weight)
+    twin = copy.deepcopy(weight)
+    assert torch.equal(twin.T, dense.T)
+    assert twin.memory.data_ptr() != memory.data_ptr()
+    assert torch.equal(pickle.loads(pickle.dumps(weight)) + 0, dense)

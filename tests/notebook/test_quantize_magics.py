@@ -37,3 +37,18 @@ def test_a_streaming_model_says_that_its_layers_are_gone(shell, chat):
 
 def test_what_is_no_quantization_is_one_line(shell, chat):
     assert "There is no quantization 'int5'" in shell.fail(f"%airllm load {chat} --quantize int5")
+
+
+def test_what_is_not_ours_is_neither_listed_nor_cleared(shell, chat, home):
+    """The folder may be one that holds the user's own models."""
+    shell.run(f"%airllm load {chat} --device cpu --quantize int8")
+    own = [home.parent / "my-model", home / "my-model"]
+    for folder in own:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    assert "my-model" not in shell.run("%airllm cache")
+    shell.run(f"%airllm cache --clear {chat.parent.name}")  # a part of where it comes from is no name
+    assert len(list(home.iterdir())) == 2
+    shell.run("%airllm cache --clear")
+    assert all((folder / "config.json").is_file() for folder in own)
+    assert list(home.iterdir()) == own[1:]

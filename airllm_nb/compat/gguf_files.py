@@ -1,0 +1,123 @@
+"""GGUF files as transformers reads them: config, tokenizer, and which tensor becomes which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from airllm_nb.compat import versions
+from airllm_nb.compat.config import first_line, quiet
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
+
+SINCE = (5, 23)
+"""Older versions need other packages and have other names; they were not compared."""
+ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
+"""Compared with transformers' own loading, in `tests/engine/test_gguf.py`. Others may store heads or norms in another way."""
+
+
+def require_supported() -> None:
+    """Refuse a version of transformers, or an environment, that cannot read GGUF files exactly.
+
+    Raises
+    ------
+    UnsupportedError, AirLLMError
+        With the remedy.
+    """
+    if versions.installed() < SINCE:
+        raise UnsupportedError(
+            f"GGUF files need transformers {'.'.join(map(str, SINCE))}, and {versions.installed_text()} is installed.",
+            "%pip install -U transformers  and restart the kernel, or use the model's safetensors files.",
+        )
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise AirLLMError(f"GGUF files need the package gguf: {error}.", '%pip install "airllm_nb[demo]"') from error
+
+
+def write_small_files(path: Path, folder: Path) -> None:
+    """Write the config, the generation config and the tokenizer of a GGUF file as the files of a published model.
+
+    Raises
+    ------
+    UnsupportedError
+        If transformers does not read its architecture, or we have not compared it.
+    CheckpointError
+        If the file cannot be read.
+    """
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with quiet():
+        try:
+            parsed = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+        except Exception as error:  # whatever transformers finds wrong with it
+            raise CheckpointError(f"{path.name} cannot be read as a GGUF file: {first_line(error)}", "Fetch it again.") from error
+        kind = parsed.get("model_type", "")
+        if kind.removesuffix("_text") not in ARCHITECTURES:
+            raise UnsupportedError(
+                f"{path.name} holds a model of type {kind or 'unknown'}; GGUF files are read of {', '.join(ARCHITECTURES)}.",
+                "Use the model's safetensors files.",
+            )
+        try:
+            options = {"gguf_file": path.name}
+            config = transformers.AutoConfig.from_pretrained(path.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"The tokenizer or the config of {path.name} cannot be read: {first_line(error)}", "Use the safetensors files."
+            ) from error
+        config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]  # noqa: SLF001
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        generation = transformers.GenerationConfig.from_model_config(config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(generation, name, None) is None:
+                setattr(generation, name, getattr(tokenizer, name, None))
+        generation.save_pretrained(folder)
+
+
+Fix = Callable[[torch.Tensor], torch.Tensor]
+
+
+def parameters(model: Any, architecture: str) -> dict[str, str]:
+    """Return for each name of a tensor in the file the name of the parameter that it becomes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        On meta.
+    architecture : str
+        As the file names it.
+    """
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    found: dict[str, str] = get_gguf_hf_weights_map(model, processor(model, architecture))
+    return found
+
+
+def processor(model: Any, architecture: str) -> Any:
+    """Return transformers' own object that changes what a file stores in another way than the model has it."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def order_of_rows(made_by: Any, name: str, rows: int) -> torch.Tensor | None:
+    """Return for each row of a parameter which row of the file's tensor it is; None if they have the same order."""
+    given = np.arange(rows, dtype=np.int64).reshape(rows, 1)
+    order = torch.from_numpy(made_by.process(weights=given.copy(), name=name).weights.reshape(-1).copy())
+    return None if torch.equal(order, torch.arange(rows)) else order
+
+
+def change_of_vector(made_by: Any, name: str) -> Fix:
+    """Return what turns a vector of the file (a norm) into that of the model."""
+
+    def change(vector: torch.Tensor) -> torch.Tensor:
+        changed = made_by.process(weights=vector.numpy().copy(), name=name).weights
+        return torch.from_numpy(np.ascontiguousarray(changed))
+
+    return change

@@ -1,0 +1,165 @@
+"""A GGUF file as a checkpoint: its tensors are unpacked as they are read; its config and tokenizer are written out once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from airllm_nb.compat import config as compat_config
+from airllm_nb.compat import gguf_files
+from airllm_nb.compat.config import first_line
+from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
+from airllm_nb.engine.home import cache_home
+from airllm_nb.engine.meta import empty_model
+from airllm_nb.engine.readable import AGAIN
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
+
+FOLDER = "gguf"
+DIGITS = 12
+PIECE = 1 << 20
+"""Numbers that are unpacked at once: between them lie several copies."""
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GGUFCheckpoint(Checkpoint):
+    """The tensors of a GGUF file under the names that transformers gives them.
+
+    Parameters
+    ----------
+    path : Path
+        The file. Its folder's ``config.json`` and tokenizer are written to our cache, and `folder` is where.
+
+    Raises
+    ------
+    AirLLMError
+        If the file is damaged, its architecture is unknown, or the package ``gguf`` is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        gguf_files.require_supported()
+        state = FileState.of(path.stat())
+        tensors, architecture = _read(path, state.size)
+        self.folder = _small_files(path, state)
+        self.states = {path: state}
+        self._entries = {}
+        config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
+        model = empty_model(config, torch.float32, self.folder, trust_remote_code=False)
+        names, processor = gguf_files.parameters(model, architecture), gguf_files.processor(model, architecture)
+        for tensor in tensors:
+            if (
+                tensor.name not in names
+            ):  # transformers drops it without a word: llama3's factors of the rotary embedding, for one
+                raise UnsupportedError(
+                    f"{path.name} holds {tensor.name}, which transformers does not read from GGUF files.",
+                    "Use the model's safetensors files.",
+                )
+            self._entries[names[tensor.name]] = _entry(names[tensor.name], tensor, path, processor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is as exact as most of the file's bytes: bfloat16 for those in few bits."""
+        return torch.bfloat16 if any(entry.unpack for entry in self.values()) else super().dtype
+
+
+class Unpack:
+    """Turns the bytes of a quantized tensor, or of some of its rows, into numbers.
+
+    Parameters
+    ----------
+    kind : gguf.GGMLQuantizationType
+        How they are quantized.
+    order : torch.Tensor or None
+        For each row of the parameter which row of the file it is.
+    change : callable or None
+        What is done to a vector afterwards.
+    """
+
+    def __init__(self, kind: Any, order: torch.Tensor | None, change: gguf_files.Fix | None) -> None:
+        self._kind = kind
+        self._order = order
+        self._change = change
+
+    def __call__(self, raw: torch.Tensor, into: torch.Tensor) -> None:
+        """Unpack `raw`, uint8 and flat, into a tensor of the parameter's shape and any floating dtype."""
+        from gguf.quants import dequantize
+
+        if into.dim() == 1:
+            numbers = torch.from_numpy(np.ascontiguousarray(dequantize(raw.numpy(), self._kind))).view(into.shape)
+            into.copy_(self._change(numbers) if self._change else numbers)
+            return
+        rows = raw.view(into.shape[0], -1)
+        step = max(PIECE // into.shape[1], 1)
+        for begin in range(0, len(rows), step):
+            part = rows[begin : begin + step]
+            if self._order is not None:
+                part = rows[self._order[begin : begin + step]]
+            into[begin : begin + step].copy_(torch.from_numpy(dequantize(part.numpy(), self._kind)).view(len(part), -1))
+
+
+def _entry(name: str, tensor: Any, path: Path, processor: Any) -> TensorEntry:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+    if len(shape) > 2:  # noqa: PLR2004  # stacks of experts
+        raise UnsupportedError(
+            f"{path.name} holds {tensor.name}, a stack of matrices, which is not read yet.", "Use the model's safetensors files."
+        )
+    order = gguf_files.order_of_rows(processor, tensor.name, shape[0]) if len(shape) > 1 else None
+    change = gguf_files.change_of_vector(processor, tensor.name) if len(shape) == 1 else None
+    if kind.name in PLAIN and order is None and change is None:
+        return TensorEntry(name, PLAIN[kind.name], shape, path, offset, nbytes)
+    return TensorEntry(name, torch.uint8, shape, path, offset, nbytes, Unpack(kind, order, change))
+
+
+def _read(path: Path, size: int) -> tuple[list[Any], str]:
+    """Return the tensors of a file, and its architecture."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
+    except Exception as error:  # whatever the package finds wrong with it
+        raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}", AGAIN) from error
+    for tensor in reader.tensors:
+        if tensor.data_offset + tensor.n_bytes > size:
+            raise CheckpointError(f"{path.name} is truncated: {tensor.name} lies beyond its end.", AGAIN)
+    if architecture == "llama" and "llama.attention.sliding_window" in reader.fields:
+        raise UnsupportedError(
+            f"{path.name} has a sliding window, which transformers does not read from GGUF files.",
+            "Use the model's safetensors files.",
+        )
+    return list(reader.tensors), architecture
+
+
+def _small_files(path: Path, state: FileState) -> Path:
+    """Return the folder with config and tokenizer of a file, which is made once."""
+    key = hashlib.sha256(f"{path.absolute()} {state.size} {state.mtime_ns}".encode()).hexdigest()[:DIGITS]
+    folder = cache_home() / FOLDER / f"{path.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:
+            whole = Path(temporary) / folder.name
+            whole.mkdir()
+            gguf_files.write_small_files(path, whole)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(whole, folder)  # noqa: PTH105
+    except OSError as error:
+        raise AirLLMError(
+            f"The config and tokenizer of {path.name} cannot be written to {folder}: {error.strerror or error}.",
+            "Set AIRLLM_NB_HOME to a folder that you can write to.",
+        ) from error
+    return folder
+
+
+def open_checkpoint(path: Path, headers: object = None) -> Checkpoint:
+    """Return the checkpoint of a folder, or of a GGUF file."""
+    return GGUFCheckpoint(path) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)  # type: ignore[arg-type]

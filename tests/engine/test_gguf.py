@@ -1,0 +1,123 @@
+"""GGUF files: the numbers of transformers' own unpacking and naming, whatever stays in memory."""
+
+import pytest
+import torch
+import transformers
+from tiny_gguf import LAYERS, make_gguf
+
+from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import gguf_files, versions
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
+
+pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
+IDS = torch.arange(4, 20)[None]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRLLM_NB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def reference(path, dtype=torch.float32):
+    """Return transformers' model with what transformers makes of the file; its `from_pretrained` needs accelerate for that."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    if missing:
+        model.tie_weights()
+    for parameter in model.parameters():  # buffers stay float32, as in from_pretrained
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def load(path, **options):
+    return LayeredModel.from_pretrained(path, **({"device": "cpu", "dtype": "float32"} | options))
+
+
+@pytest.mark.parametrize("architecture", gguf_files.ARCHITECTURES)
+@pytest.mark.parametrize("streams", [False, True], ids=["resident", "streaming"])
+def test_logits_are_those_of_transformers(tmp_path, architecture, streams):
+    path = make_gguf(tmp_path / f"{architecture}.gguf", architecture)
+    expected = reference(path)
+    memory = plan(path, device="cpu", dtype="float32").least if streams else "1GB"
+    with torch.no_grad(), load(path, memory=memory) as model:
+        assert sum(layer.resident for layer in model.layers) == (0 if streams else LAYERS)
+        for _ in range(2):
+            assert torch.equal(model(IDS).logits, expected(IDS).logits)
+        assert model.tokenizer("\u0105\u0106", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_kind_of_quantization(tmp_path, kind, tied):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", kind, tied=tied)
+    expected = reference(path)
+    with torch.no_grad(), load(path) as model:
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    least = plan(path, device="cpu", dtype="float32").least
+    with torch.no_grad(), load(path, memory=least) as model:
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_in_bfloat16_as_transformers_rounds_it(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", "Q4_0")
+    expected = reference(path, torch.bfloat16)
+    with torch.no_grad(), load(path, dtype="bfloat16") as model:
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_what_lies_on_a_grid_is_quantized_without_loss(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", "Q4_1")
+    expected = reference(path)(IDS).logits
+    with torch.no_grad(), load(path, quantize="int4-32") as model:
+        assert (model(IDS).logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_small_files_are_written_once(tmp_path, home):
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    with load(path) as model:
+        (folder,) = (home / "gguf").iterdir()
+        assert model.path == folder
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert "config.json" in before
+    with load(path):
+        assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    with load(path, memory=plan(path, device="cpu", dtype="float32").least) as model:
+        model(IDS)
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match=r"llama\.gguf was (replaced|truncated)"):
+            for _ in range(3):
+                model(IDS)
+
+
+@pytest.mark.parametrize("damage", ["empty", "no GGUF", "truncated header", "truncated weights"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    raw = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "no GGUF": b"x" * 1000, "truncated header": raw[:300], "truncated weights": raw[:-100]}[damage]
+    )
+    with pytest.raises(CheckpointError, match=r"llama\.gguf (is damaged|is truncated|cannot be read)"):
+        load(path)
+
+
+def test_what_transformers_would_drop_is_refused(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", extra="rope_freqs.weight")
+    with pytest.raises(UnsupportedError, match="holds rope_freqs.weight, which transformers does not read"):
+        load(path)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    path = make_gguf(tmp_path / "starcoder2.gguf", "starcoder2")
+    with pytest.raises(AirLLMError, match="GGUF files are read of gemma2"):
+        load(path)
