@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -135,6 +136,7 @@ class LayeredModel:
         if packed is not None:
             packed.fill(progress)
             checkpoint = packed.joined()
+            decided = replace(decided, quantized=str(packed), work=replace(decided.work, checkpoint=checkpoint))
         if decided.device.type == "cpu":
             threads.apply()
         reader = Reader(checkpoint)
