@@ -71,7 +71,7 @@ def test_hostile_strings_stay_text(lab, checkpoint, tmp_path):
 
     nothing_acts()
     assert any(f"hacked={number}" in shown[2] for number in range(128, 256)), shown[2]  # the text is hostile
-    for index, expected in ((0, IMAGE), (2, IMAGE), (3, SCRIPT), (5, IMAGE), (6, IMAGE), (7, IMAGE[:12])):  # the last one is shortened
+    for index, expected in ((0, IMAGE), (2, IMAGE), (3, SCRIPT), (5, IMAGE), (6, IMAGE), (7, IMAGE[:12])):  # shortened
         assert expected in shown[index], (index, shown[index])
     assert SCRIPT in page.locator(".airllm-panel .airllm-user").first.inner_text()
     notebook.screenshot("hostile", 8)

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MKL_DISABLE_FAST_MM"] = "1"  # it would keep buffers of all sizes that it ever needed
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"  # and it a kernel for each of the last 1024 shapes: 0.2 MB for a new length
 sys.path += [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import soak_actions
