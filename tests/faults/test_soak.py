@@ -1,4 +1,4 @@
-"""The soak, as long as AIRLLM_NB_SOAK_SECONDS says, three minutes for one: `soak.py` says what it does. It has run beside the other tests, at the lowest priority."""
+"""Some minutes of the soak, where AIRLLM_NB_SOAK_SECONDS asks for them: beside the other tests, at the lowest priority."""
 
 import os
 import subprocess
