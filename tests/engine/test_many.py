@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from seen import batches, not_read, passes
 from tiny import make_checkpoint
 
 from airllm_nb import LayeredModel, plan
@@ -14,7 +15,7 @@ from airllm_nb.compat import dynamic, padding, versions
 from airllm_nb.engine import batch_sizes, memory
 from airllm_nb.engine.prompts import encode
 from airllm_nb.errors import AirLLMError, PromptError
-from airllm_nb.events import BatchBegin, BatchEnd, LayerRead, LayerReady, PassBegin
+from airllm_nb.events import BatchBegin, BatchEnd, PassBegin
 
 PROMPTS = ["Why is the sky blue?", "Hi", "Tell me of the sea.", "Hi", "One, two, three, four, five", "abcdefgh", "xy"]
 NEW = 10
@@ -66,19 +67,6 @@ def alone(model, prompt, **more):
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 257} | more
     new = model.generate(ids, **options)[0, ids.shape[1] :]
     return model.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def not_read(events):
-    """All but what comes from the reading thread, which may still be at work for the pass before."""
-    return [event for event in events if type(event) not in (LayerRead, LayerReady)]
-
-
-def passes(events):
-    return sum(type(event) is PassBegin for event in events)
-
-
-def batches(events):
-    return [event.rows for event in events if type(event) is BatchBegin]
 
 
 @pytest.mark.parametrize("kind", KINDS)

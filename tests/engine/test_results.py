@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from seen import batches, not_read, passes
 from tiny import budgets
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.engine import results
 from airllm_nb.engine.results import Results, ResultsError
 from airllm_nb.errors import CheckpointError
-from airllm_nb.events import BatchBegin, BatchEnd, ComputeBegin, LayerRead, LayerReady, PassBegin
+from airllm_nb.events import BatchEnd, ComputeBegin
 
 PROMPTS = ["Why is the sky blue?", "Hi", "Tell me of the sea.", "Hi", "One, two, three, four, five", "abcdefgh", "xy"]
 NEW = 10
@@ -51,19 +52,6 @@ def told(model):
     events = []
     model.progress = events.append
     return events
-
-
-def not_read(events):
-    """All but what comes from the reading thread, which may still be at work for the pass before."""
-    return [event for event in events if type(event) not in (LayerRead, LayerReady)]
-
-
-def passes(events):
-    return sum(type(event) is PassBegin for event in events)
-
-
-def batches(events):
-    return [event.rows for event in events if type(event) is BatchBegin]
 
 
 @pytest.fixture
