@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from outcomes import pytest_terminal_summary  # noqa: F401  # a hook
 
-from airllm_nb.notebook.interrupts import free_logging
+from airllm_nb.engine.interrupts import free_logging
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ is truncated underneath kills the process with SIGBUS.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from airllm_nb.engine.hub import INDEX, MAX_HEADER, SINGLE
-from airllm_nb.engine.readable import AGAIN, reading, require_readable, without_waiting
+from airllm_nb.engine.readable import AGAIN, opened, reading, require_readable
 from airllm_nb.errors import CheckpointError
 
 MOST_DIMENSIONS = 64
@@ -184,7 +185,7 @@ def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
 def _read_header(path: Path) -> tuple[bytes, FileState]:
     """Read the length and the header of a file, and what the file is now."""
     try:
-        with open(path, "rb", opener=without_waiting) as file:  # Path.open takes no opener
+        with io.BufferedReader(opened(path)) as file:
             state = FileState.of(path.stat())  # by name, as it is checked later
             start = file.read(8)
             length = int.from_bytes(start, "little")

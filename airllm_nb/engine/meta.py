@@ -13,6 +13,7 @@ from torch import nn
 
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import initialize, versions
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.errors import CheckpointError, UnsupportedError
 
 _building = threading.Lock()
@@ -58,7 +59,8 @@ def empty_model(config: Any, dtype: torch.dtype, folder: Path, *, trust_remote_c
     argument = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
     rng = torch.random.get_rng_state()  # initialising weights that are replaced must not change the user's random numbers
     try:
-        with _building, _parameters_on_meta(), initialize.uninitialised(), torch.device("cpu"):
+        # An interrupt within could leave methods of ours in torch's classes, or a mode of PyTorch's where it was not.
+        with interrupt_later(), _building, _parameters_on_meta(), initialize.uninitialised(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **argument, **compat_config.attention(config)
             )

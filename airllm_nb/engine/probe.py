@@ -16,6 +16,7 @@ import torch
 
 from airllm_nb.engine import packed, threads
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.engine.packed import Packing
 from airllm_nb.engine.packed_weight import Meant, packed_weight
 from airllm_nb.engine.sample import LITTLE, Sample, Unmeasurable, cached_share, room_for, temporary
@@ -192,7 +193,7 @@ def layer_overhead() -> float:
         count = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            with torch.device("cpu"), torch.no_grad():
+            with interrupt_later(), torch.device("cpu"), torch.no_grad():
                 model = LlamaForCausalLM(config).eval()
                 token, cache, seconds = torch.ones(1, 1, dtype=torch.long), None, []
                 for _ in range(24):

@@ -7,15 +7,16 @@ absent: without its tokenizer_config.json a model gets other prompts, without a 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.errors import CheckpointError
 
 AGAIN = "Fetch or copy the checkpoint again, then load it again."
-READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 SUFFIXES = frozenset((".json", ".jinja", ".model", ".txt"))
 MOST = 64 << 20
 """Bytes of a small file. The largest that are known, tokenizers of 262,144 tokens, have 35 MB."""
@@ -62,6 +63,11 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).", AGAIN) from error
 
 
-def without_waiting(path: str | os.PathLike[str], flags: int = READ_ONLY) -> int:
-    """Open a file as ``open`` does (whose ``opener`` it can be), but never wait for who would write into a pipe of that name."""
+def opened(path: Path) -> io.FileIO:
+    """Open a file for reading, and never wait for who would write into a pipe of that name."""
+    with interrupt_later():  # between a number from ``os.open`` and who closes it
+        return io.FileIO(path, opener=_without_waiting)
+
+
+def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

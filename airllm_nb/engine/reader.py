@@ -7,6 +7,7 @@ dropped again, but not what was there before, because other processes may share 
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import time
@@ -15,7 +16,8 @@ from typing import NamedTuple
 
 from airllm_nb.engine.checkpoint import Checkpoint, FileState
 from airllm_nb.engine.page_cache import Residue
-from airllm_nb.engine.readable import without_waiting
+from airllm_nb.engine.patience import require_here
+from airllm_nb.engine.readable import opened
 from airllm_nb.errors import AirLLMError, CheckpointError
 
 CHUNK = 8 << 20
@@ -23,7 +25,7 @@ CHUNK = 8 << 20
 
 
 class _File(NamedTuple):
-    descriptor: int
+    file: io.FileIO
     residue: Residue
     lock: threading.Lock
 
@@ -41,6 +43,7 @@ class Reader:
         self._states = checkpoint.states
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._asked: dict[int, float] = {}  # by thread: since when it waits for the disk
         self.stopped = False
         """Set it to end a read that is under way."""
@@ -68,7 +71,10 @@ class Reader:
         ------
         CheckpointError
             If the file was removed, replaced, truncated or rewritten, or the disk gives an error.
+        AirLLMError
+            In a forked process, or if it is `stopped`.
         """
+        require_here(self._process)  # a thread that stayed there may have held any of the locks
         try:
             file = self._open(path)
             missed = self._fill(file, path, offset, into, keep_cached=keep_cached)
@@ -83,6 +89,7 @@ class Reader:
 
     def is_cached(self, path: Path, offset: int) -> bool | None:
         """Tell whether the page cache holds the byte at `offset` of a file, reading nothing; None if that cannot be known."""
+        require_here(self._process)
         file = self._open(path)
         with file.lock:
             return file.residue.holds(offset)
@@ -98,17 +105,13 @@ class Reader:
                 _, file = self._files.popitem()
                 with file.lock:
                     file.residue.drop_all()
-                os.close(file.descriptor)
+                file.file.close()
 
     def _open(self, path: Path) -> _File:
         with self._lock:
             if path not in self._files:
-                descriptor = without_waiting(path)
-                try:
-                    self._files[path] = _File(descriptor, Residue(descriptor), threading.Lock())
-                except BaseException:
-                    os.close(descriptor)
-                    raise
+                file = opened(path)
+                self._files[path] = _File(file, Residue(file.fileno()), threading.Lock())
             return self._files[path]
 
     def _fill(self, file: _File, path: Path, offset: int, into: memoryview, *, keep_cached: bool) -> int:
@@ -121,7 +124,7 @@ class Reader:
                 raise AirLLMError("The model was unloaded while its weights were read.", "Load it again.")
             try:
                 self._asked[threading.get_ident()] = time.monotonic()
-                count = _read(file.descriptor, into[done : done + CHUNK], offset + done)
+                count = _read(file.file.fileno(), into[done : done + CHUNK], offset + done)
             finally:
                 self._asked.pop(threading.get_ident(), None)
             if count == 0:

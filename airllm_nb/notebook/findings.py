@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from airllm_nb import __version__
 from airllm_nb.compat import versions  # facts that need neither torch nor transformers: there may be none
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.errors import AirLLMError, MemoryBudgetError
 from airllm_nb.notebook.imports import import_engine
-from airllm_nb.notebook.interrupts import interrupt_later
 
 if TYPE_CHECKING:
     import torch

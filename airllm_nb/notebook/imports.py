@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.errors import AirLLMError
-from airllm_nb.notebook.interrupts import interrupt_later
 
 
 def import_engine() -> None:

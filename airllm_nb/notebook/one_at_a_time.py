@@ -7,8 +7,8 @@ import time
 import weakref
 from typing import Protocol
 
+from airllm_nb.engine.interrupts import free_logging
 from airllm_nb.errors import AirLLMError
-from airllm_nb.notebook.interrupts import free_logging
 
 PAUSE = 0.01
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat.config import quiet
 from airllm_nb.compat.versions import require_supported
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.notebook.conversation import Conversation
 from airllm_nb.notebook.imports import import_engine
-from airllm_nb.notebook.interrupts import interrupt_later
 from airllm_nb.notebook.last_run import LastRun
 from airllm_nb.notebook.one_at_a_time import OneAtATime, SessionError
 from airllm_nb.notebook.progress import Renderer, drawn, listening

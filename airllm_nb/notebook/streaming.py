@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from airllm_nb.notebook.interrupts import interrupt_later
+from airllm_nb.engine.interrupts import interrupt_later
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

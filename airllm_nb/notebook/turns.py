@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from airllm_nb.compat import cache
 from airllm_nb.engine import prompts
+from airllm_nb.engine.interrupts import interrupt_later
 from airllm_nb.errors import PromptError
 from airllm_nb.notebook.generation import Run
-from airllm_nb.notebook.interrupts import interrupt_later
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -138,8 +138,9 @@ memory = plan(folder, device="cpu", dtype="float32").least
 model = LayeredModel.from_pretrained(folder, device="cpu", dtype="float32", memory=memory)
 ids = torch.tensor([[1, 2, 3]])
 model(ids)
-for stream in model._streams:
-    stream._lock.acquire()
+locks = [model._reader._lock, *(stream._lock for stream in model._streams)]
+for lock in locks:
+    lock.acquire()
 child = os.fork()
 if child == 0:
     signal.alarm(30)
@@ -149,9 +150,10 @@ if child == 0:
         print(error, flush=True)
     model.close()
 else:
-    for stream in model._streams:
-        stream._lock.release()
-    assert os.waitpid(child, 0)[1] == 0
+    for lock in locks:
+        lock.release()
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, status
     model(ids)
     print("and here it computes")
 """

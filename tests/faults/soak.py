@@ -106,11 +106,16 @@ def _held(before: Sequence[Held]) -> Held:
     most = before[1].descriptors if len(before) > 1 else sys.maxsize
     until = time.monotonic() + 60
     while (now := Held.now()).threads or now.descriptors > most:
-        assert time.monotonic() < until, f"{now} after {before[1:2]}"
+        assert time.monotonic() < until, f"{now} after {before[1:2]}: {_open_files()}"
         time.sleep(0.05)
     widgets = widget._instances if hasattr(widget, "_instances") else widget.Widget.widgets
     assert not widgets, f"{len(widgets)} widgets are left"
     return now
+
+
+def _open_files() -> list[str]:
+    """Return what each file descriptor stands for."""
+    return [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
 
 
 def _growth(memory: Sequence[int]) -> tuple[float, float]:

@@ -20,8 +20,8 @@ from soak_reference import LONGEST, TEMPERATURE, Reference
 from tiny import budgets
 
 from airllm_nb import plan
+from airllm_nb.engine.interrupts import free_logging
 from airllm_nb.errors import AirLLMError
-from airllm_nb.notebook.interrupts import free_logging
 from airllm_nb.notebook.magics import AirLLMMagics
 from airllm_nb.notebook.session import Session
 from airllm_nb.notebook.summary import Answer, Interrupted
