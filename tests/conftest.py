@@ -1,9 +1,12 @@
 """What all tests share: no network, one thread per worker, tiny checkpoints made once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that starts tests in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run beside each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent / "compat"))

@@ -13,6 +13,7 @@ import faulthandler
 import io
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -50,6 +51,7 @@ MOST = 16 << 20
 
 def main(seconds: float, seed: int, *, of_a_core: bool) -> None:
     """Do rounds for as long, by the clock or of the processor's time; raise if anything is wrong, or grows."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background has it ignored
     rng, passed, begin = random.Random(seed), time.process_time if of_a_core else time.monotonic, time.monotonic()
     end, parent = passed() + seconds, os.environ.get("AIRLLM_NB_SOAK_FOR")
     held: list[Held] = []
