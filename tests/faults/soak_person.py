@@ -134,8 +134,8 @@ class Person:
             self.forget()
             said = ()
         asked = Asked((*said, self.rng.choice(PROMPTS)), self.rng.choice([None, 1, 2]), self.rng.choice(LENGTHS), True)
-        self.run("chat", lambda: self.session.chat(asked.messages[-1], **self._sampling(asked)), asked)
-        assert self.said() in {said, (*asked.messages, self.session.answer.text if self.session.answer else "")}
+        kept = self.run("chat", lambda: self.session.chat(asked.messages[-1], **self._sampling(asked)), asked)
+        assert self.said() in {said if kept else (), (*asked.messages, self.session.answer.text if self.session.answer else "")}
 
     def proceed(self) -> None:
         """Go on with a text, if there is one, until it has its end or is long enough."""
@@ -149,22 +149,23 @@ class Person:
         self.asked = self.asked if self.asked and not self.asked.in_conversation else None
         assert not self.said()
 
-    def run(self, name: str, call: Callable[[], Answer], asked: Asked, *, stop: bool = True) -> None:
-        """Do what makes text, perhaps stop it, and compare it with what transformers makes."""
+    def run(self, name: str, call: Callable[[], Answer], asked: Asked, *, stop: bool = True) -> bool:
+        """Do what makes text, perhaps stop it, and compare it with what transformers makes; tell whether nothing was forgotten."""
         try:
             answer = self.pressing_stop(name, call) if stop else call()
         except Interrupted as interrupt:
             self.did["texts stopped"] += 1
             if interrupt.answer is None:  # before it had begun: what there was before can be gone on with
-                return
+                return True
             answer = interrupt.answer
         except Late:
             self.asked = None
             self.session.forget()
-            return
+            return False
         self.asked = asked
         self.did["texts"] += 1
         self.compare(answer, asked)
+        return True
 
     def compare(self, answer: Answer, asked: Asked) -> None:
         """Raise unless an answer is the beginning of what transformers makes, of a length that was asked for or to the end."""
