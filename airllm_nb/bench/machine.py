@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,25 @@ def _remove(group: Path) -> None:
             group.rmdir()
             return
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def peak() -> Iterator[Callable[[], int]]:
+    """Watch this process's own memory during a block; gives what returns the most of it, in bytes."""
+    most, over = anonymous(), threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.002):
+            most = max(most, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: most
+    finally:
+        over.set()
+        watcher.join()
 
 
 def anonymous() -> int:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import sys
@@ -68,6 +69,23 @@ def write_gguf(folder: Path) -> Path:
     return unfinished.rename(path)
 
 
+def write_q4_0(folder: Path) -> Path:
+    """Have llama.cpp quantize that file to its Q4_0, unless it has done so."""
+    import ctypes
+
+    from llama_cpp import llama_cpp as library
+
+    path = folder.with_name(f"{folder.name}-q4_0.gguf")
+    if path.exists():
+        return path
+    source, unfinished = write_gguf(folder), path.with_suffix(".part")
+    options = library.llama_model_quantize_default_params()
+    options.ftype = library.LLAMA_FTYPE_MOSTLY_Q4_0
+    if library.llama_model_quantize(str(source).encode(), str(unfinished).encode(), ctypes.byref(options)):
+        raise RuntimeError("llama.cpp does not quantize")
+    return unfinished.rename(path)
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
 
@@ -77,8 +95,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def llama_cpp(path: str, tokens: int, **_options: Any) -> Found:
-    """Decode with llama.cpp, which maps the file; its repacked copies of the weights are off, for they would not fit."""
+def llama_cpp(path: str, tokens: int, *, repacked: bool = False, **_options: Any) -> Found:
+    """Decode with llama.cpp, which maps the file; its repacked copies of the weights would not fit under a limit."""
     import ctypes
 
     import numpy as np
@@ -90,7 +108,7 @@ def llama_cpp(path: str, tokens: int, **_options: Any) -> Found:
     options = library.llama_model_default_params()
     options.n_gpu_layers = 0
     options.load_mode = library.LLAMA_LOAD_MODE_MMAP
-    options.use_extra_bufts = False
+    options.use_extra_bufts = repacked
     model = library.llama_model_load_from_file(path.encode(), options)
     settings = library.llama_context_default_params()
     settings.n_ctx = 512
@@ -157,6 +175,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "llama.cpp": Peer("llama-cpp-python", write_gguf, llama_cpp),
+    "llama.cpp Q4_0": Peer("llama-cpp-python", write_q4_0, functools.partial(llama_cpp, repacked=True)),
     "transformers": Peer("accelerate", keep, disk_offload),
     "AirLLM": Peer("airllm", split, airllm),
 }
@@ -165,7 +184,7 @@ PEERS = {
 def main(step: str, name: str, folder: str, **options: Any) -> Found:
     """Take one step with one peer; a peer that is not installed is an answer too."""
     peer = PEERS[name]
-    needed = (peer.package, "safetensors", "gguf" if name == "llama.cpp" else "transformers")
+    needed = (peer.package, "safetensors", "gguf" if name.startswith("llama.cpp") else "transformers")
     versions = {package: _version(package) for package in needed}
     if missing := [package for package, version in versions.items() if not version]:
         return {"error": [f"{missing[0]} is not installed.", f"Install it for {sys.executable}, or choose with --peers."]}

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,7 @@ from airllm_nb.bench.machine import BenchError
 
 WHOLE = 0.95
 """Share of its planned bytes that a pass must have read from the disk: below it the page cache helped, and the row is invalid."""
-COLD = ("cold", "streams", "peak", "predicted")
+COLD = ("cold", "streams", "peak", "predicted", "packs")
 """Sides that read from the disk what is measured, or whose page cache counts in their memory limit. For the others it does not
 matter where their weights come from, and they can be measured where no file can be dropped from the page cache."""
 PEERS = Path(__file__).with_name("peers.py")
@@ -46,12 +46,15 @@ class Bench:
         One of `checkpoint.SHAPES`, instead of each row's own.
     peers : str
         The Python that has the peers' packages.
+    took : dict
+        What packing took, by folder and quantization.
     """
 
     root: Path
     tokens: int = 5
     shape: str | None = None
     peers: str = sys.executable
+    took: dict[tuple[Path, str], dict[str, Any]] = field(default_factory=dict)
 
     def folder(self, shape: str) -> Path:
         """Return the folder of a checkpoint, made if it is not there."""
@@ -67,7 +70,7 @@ class Bench:
         if name in COLD:
             machine.evict(folder)
         command = [sys.executable, "-m", "airllm_nb.bench.sides", name, json.dumps({"folder": str(folder), **options})]
-        return _run(f"side {name!r}", command, limit)
+        return _run(f"side {name!r}", command, limit, {**os.environ, "AIRLLM_NB_HOME": str(self.root)})
 
     def streams(self, folder: Path, limit: int | None, **options: Any) -> dict[str, Any]:
         """Run the side that streams, and refuse a result to which the page cache has helped."""
@@ -79,20 +82,29 @@ class Bench:
             )
         return found
 
+    def packed(self, folder: Path, quantize: str, *, anew: bool = False) -> dict[str, Any]:
+        """Have a checkpoint's layers packed, `anew` also if they are there; returns what that took."""
+        if anew or (folder, quantize) not in self.took:
+            self.took[folder, quantize] = self.side("packs", folder, dtype="bfloat16", quantize=quantize)
+        return self.took[folder, quantize]
+
     def peer(self, name: str, folder: Path, limit: int | None, **options: Any) -> dict[str, Any]:
         """Run one of the peers; the files that it wants of its own are written before, without a limit."""
-        foreign = self.peers != sys.executable
-        environment = {key: value for key, value in os.environ.items() if not (foreign and key == "PYTHONPATH")}
-
-        def step(step: str, limit: int | None, **options: Any) -> dict[str, Any]:
-            command = [self.peers, str(PEERS), step, name, json.dumps({"folder": str(folder), **options})]
-            return _run(name, command, limit, environment)
-
-        path = step("prepare", None)["path"]
+        path = self.written(name, folder)
         machine.require_quiet()
         machine.evict(folder)
-        machine.evict(Path(path))
-        return step("measure", limit, path=path, tokens=self.tokens, **options)
+        machine.evict(path)
+        return self._peer("measure", name, folder, limit, path=str(path), tokens=self.tokens, **options)
+
+    def written(self, name: str, folder: Path) -> Path:
+        """Return what one of the peers reads, written if it is not there."""
+        return Path(self._peer("prepare", name, folder)["path"])
+
+    def _peer(self, step: str, name: str, folder: Path, limit: int | None = None, **options: Any) -> dict[str, Any]:
+        foreign = self.peers != sys.executable
+        environment = {key: value for key, value in os.environ.items() if not (foreign and key == "PYTHONPATH")}
+        command = [self.peers, str(PEERS), step, name, json.dumps({"folder": str(folder), **options})]
+        return _run(name, command, limit, environment)
 
 
 def _run(name: str, command: Sequence[str], limit: int | None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

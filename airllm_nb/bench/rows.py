@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from airllm_nb.bench import machine
+from airllm_nb.bench.machine import BenchError
 from airllm_nb.bench.processes import Bench, KilledError
 
 SPARE = 300_000_000
@@ -163,6 +164,69 @@ def _prediction(bench: Bench) -> Found:
     return max(max(ratio, 1 / ratio) for ratio in ratios), cases
 
 
+def _int4_over_llama_cpp(bench: Bench) -> Found:
+    folder = bench.folder("3b")
+    peer = bench.peer("llama.cpp Q4_0", folder, None)
+    bench.packed(folder, "int4")
+    ours = bench.side("decodes", folder, dtype="bfloat16", tokens=bench.tokens, quantize="int4")
+    return median(ours["seconds"]) / median(peer["seconds"]), {"ours": ours, "peer": peer}
+
+
+def _int4_over_bfloat16(bench: Bench) -> Found:
+    folder = bench.folder("3b")
+    bench.packed(folder, "int4")
+    found = bench.side("fits", folder, dtype="bfloat16", tokens=bench.tokens, rounds=3, quantize="int4")
+    plain, ours = median(found["plain"]), median(found["ours"])
+    return ours / plain, {"plain": plain, "ours": ours}
+
+
+def _int4_stays(bench: Bench) -> Found:
+    found = _quantized_under_half(bench, "int4")
+    return sum(found["read"]) / len(found["read"]) / found["packed"]["output"], found
+
+
+def _int8_streams(bench: Bench) -> Found:
+    found = _quantized_under_half(bench, "int8")
+    if not found["streamed"]:
+        raise BenchError("All of int8 stays in memory within this limit.", "Leave this row out.")
+    return median(found["read"]) / median(found["seconds"]) / found["rate"], found
+
+
+def _quantized_under_half(bench: Bench, quantize: str) -> dict[str, Any]:
+    folder = bench.folder("3b")
+    packed = bench.packed(folder, quantize)
+    limit = _limit(folder, 1 / 2)
+    found = bench.streams(folder, limit, dtype="bfloat16", memory="auto" if limit else "least", quantize=quantize)
+    return {**found, "packed": packed}
+
+
+def _packing(bench: Bench) -> Found:
+    found = {name: bench.packed(bench.folder("3b"), name, anew=True) for name in ("int4", "int8")}
+    return min(one["input"] / 1e6 / one["seconds of a core"] for one in found.values()), found
+
+
+def _packing_peak(bench: Bench) -> Found:
+    found = {name: bench.packed(bench.folder("3b"), name, anew=True) for name in ("int4", "int8")}
+    return max(one["peak"] / one["layer"] for one in found.values()), found
+
+
+def _gguf(bench: Bench) -> Found:
+    """Take the faster of the GGUF file as it is, and after one conversion."""
+    folder = bench.folder("3b")
+    file = bench.written("llama.cpp Q4_0", folder)
+    limit = _limit(folder, 1 / 2)
+    bench.packed(folder, "int4")
+    bench.packed(file, "int4-32")
+    options = {"dtype": "bfloat16", "memory": "least"}
+    found = {
+        "int4": bench.streams(folder, limit, **options, quantize="int4"),
+        "GGUF": bench.streams(file, limit, **options),
+        "GGUF, int4-32": bench.streams(file, limit, **options, quantize="int4-32"),
+    }
+    seconds = {name: median(one["seconds"]) for name, one in found.items()}
+    return min(seconds["GGUF"], seconds["GGUF, int4-32"]) / seconds["int4"], found
+
+
 def _nbytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in machine.weights(folder))
 
@@ -188,6 +252,21 @@ ROWS = {
         Row("i", "prompt lookup and a draft model, streaming: tokens per pass", 2, _guesses, most=True, unit="tokens per pass"),
         Row("j", "one row, bfloat16, measured kernels: seconds per token over plain transformers", 0.75, _kernels),
         Row("k", f"{KERNELS} kernels that share a checkpoint: memory of the weights over one kernel's", 1.1, _sharing),
+        Row("q-llama.cpp", "int4, fits in memory: seconds per token over llama.cpp Q4_0", 0.8, _int4_over_llama_cpp),
+        Row(
+            "q-bfloat16", "int4, fits in memory: seconds per token over plain transformers in bfloat16", 0.5, _int4_over_bfloat16
+        ),
+        Row("q-int4", "int4, bfloat16 twice the memory limit: bytes read per token over its size", 0.001, _int4_stays),
+        Row(
+            "q-int8",
+            "int8, bfloat16 twice the memory limit: bytes streamed per second over the disk's rate",
+            0.95,
+            _int8_streams,
+            most=True,
+        ),
+        Row("q-packing", "quantizing: MB of bfloat16 per second of a core", 150, _packing, most=True, unit="MB/s"),
+        Row("q-peak", "quantizing: memory that it takes over the largest layer", 3, _packing_peak),
+        Row("q-gguf", "GGUF Q4_0, streaming, itself or quantized once: seconds per token over int4", 1.3, _gguf),
         Row("p", "seconds per token predicted over measured, or the inverse", 1.3, _prediction),
     )
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from airllm_nb.bench import machine
 from airllm_nb.bench.display import display
 from airllm_nb.bench.guesses import guesses
 from airllm_nb.bench.machine import BenchError
+from airllm_nb.bench.packing import decodes, packed, packs
 from airllm_nb.bench.sharing import sharing
 from airllm_nb.bench.timing import generate, plain, read_bytes
 from airllm_nb.errors import AirLLMError
@@ -30,10 +30,13 @@ from airllm_nb.events import PassEnd
 Seconds = list[float]
 
 
-def fits(folder: str, dtype: str, tokens: int, rounds: int, kernels: str = "exact") -> dict[str, Any]:
+def fits(
+    folder: str, dtype: str, tokens: int, rounds: int, kernels: str = "exact", quantize: str | None = None
+) -> dict[str, Any]:
     """Generate with everything in memory, in turn: transformers itself, our engine, our engine with a listener."""
     model = plain(folder, dtype)
-    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory="1000TB", kernels=kernels) as ours:
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "memory": "1000TB", "kernels": kernels, "quantize": quantize}
+    with LayeredModel.from_pretrained(folder, **options) as ours:
         found: dict[str, Seconds] = {"plain": [], "ours": [], "listening": []}
         for _ in range(rounds + 1):
             found["plain"] += generate(model, tokens)
@@ -62,14 +65,17 @@ def cold(folder: str, dtype: str) -> dict[str, float]:
     return {"first": first, "read": read, "compute": median(passes), "rate": sum(rates) / 2}
 
 
-def streams(folder: str, dtype: str, tokens: int, memory: str | int = "auto", batch: int = 1, **options: Any) -> dict[str, Any]:
+def streams(
+    folder: str, dtype: str, tokens: int, memory: str | int = "auto", batch: int = 1, quantize: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Generate while layers stream from the disk; also gives the disk's rate, measured before and after in this process.
 
-    `memory` may also be ``"least"``.
+    `memory` may also be ``"least"``. Packed layers must be there.
     """
-    memory = _budget(folder, dtype, memory)
-    rate = machine.sequential_rate(Path(folder))
-    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory) as ours:
+    memory = _budget(folder, dtype, memory, quantize)
+    read = Path(folder) if quantize is None else packed(folder, quantize, dtype).folder
+    rate = machine.sequential_rate(read)
+    with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=memory, quantize=quantize) as ours:
         reads: list[int] = []
 
         def note(event: Any) -> None:
@@ -80,7 +86,7 @@ def streams(folder: str, dtype: str, tokens: int, memory: str | int = "auto", ba
         seconds = generate(ours, tokens, batch, **options)
         streamed = ours.plan.streamed_nbytes
         layers = [layer.resident for layer in ours.layers]
-    rates = [rate, machine.sequential_rate(Path(folder))]
+    rates = [rate, machine.sequential_rate(read)]
     return {
         "seconds": seconds,
         "read": [after - before for before, after in itertools.pairwise(reads)],
@@ -96,22 +102,12 @@ def peak(folder: str, dtype: str, tokens: int, prompt: int = 32) -> dict[str, in
     torch.nn.functional.linear(torch.ones(32, 64), torch.ones(64, 64))  # what PyTorch sets up once
     planned = plan(folder, device="cpu", dtype=dtype, memory="1000TB")
     before = machine.anonymous()
-    most, over = before, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not over.wait(0.002):
-            most = max(most, machine.anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        with LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=planned.least) as ours:
-            generate(ours, tokens, prompt=prompt)
-    finally:
-        over.set()
-        watcher.join()
-    return {"peak": most - before, "least": planned.least, "before": before}
+    with (
+        machine.peak() as most,
+        LayeredModel.from_pretrained(folder, device="cpu", dtype=dtype, memory=planned.least) as ours,
+    ):
+        generate(ours, tokens, prompt=prompt)
+    return {"peak": most() - before, "least": planned.least, "before": before}
 
 
 def predicted(folder: str, dtype: str, memory: str | int, tokens: int) -> dict[str, Any]:
@@ -127,8 +123,10 @@ def predicted(folder: str, dtype: str, memory: str | int, tokens: int) -> dict[s
     return {"predicted": prediction.seconds, "measured": measured, "words": str(prediction), "resident": resident}
 
 
-def _budget(folder: str, dtype: str, memory: str | int) -> str | int:
-    return plan(folder, device="cpu", dtype=dtype, memory="1000TB").least if memory == "least" else memory
+def _budget(folder: str, dtype: str, memory: str | int, quantize: str | None = None) -> str | int:
+    if memory != "least":
+        return memory
+    return plan(folder, device="cpu", dtype=dtype, memory="1000TB", quantize=quantize).least
 
 
 def main(name: str, options: str) -> Any:
@@ -140,7 +138,7 @@ def main(name: str, options: str) -> Any:
 
 
 SIDES: dict[str, Callable[..., Any]] = {
-    side.__name__: side for side in (fits, cold, streams, peak, display, guesses, sharing, predicted)
+    side.__name__: side for side in (fits, cold, streams, peak, display, guesses, sharing, predicted, packs, decodes)
 }
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ class PackedCache:
         """The model whose layers are packed."""
         return self._quantized.skeleton
 
+    @property
+    def original(self) -> Skeleton:
+        """The same model with its layers as published."""
+        return self._quantized.original
+
     def __str__(self) -> str:
         missing = self.missing()
         where = f"{format_size(self.nbytes)} in {self.folder}"

@@ -150,7 +150,7 @@ class Person:
         assert not self.said()
 
     def run(self, name: str, call: Callable[[], Answer], asked: Asked, *, stop: bool = True) -> bool:
-        """Do what makes text, perhaps stop it, and compare it with what transformers makes; tell whether nothing was forgotten."""
+        """Do what makes text, perhaps stop it, and compare it with transformers' own; tell whether nothing was forgotten."""
         try:
             answer = self.pressing_stop(name, call) if stop else call()
         except Interrupted as interrupt:
