@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.config import text_config
+from airllm_nb.engine.packed_weight import PackedWeight
 from airllm_nb.errors import UnsupportedError
 from airllm_nb.events import LayerInfo
 
@@ -55,7 +56,8 @@ class Lens:
         text = text_config(model.config)
         self._rows = max(CHUNK // (4 * text.vocab_size), 1)
         self._factor = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
-        self._tolerance = max(ROUNDED * torch.finfo(model.dtype).eps, LEAST_TOLERANCE)
+        coarse = isinstance(getattr(self._head, "weight", None), PackedWeight)  # its kernel computes in bfloat16
+        self._tolerance = max(ROUNDED * torch.finfo(torch.bfloat16 if coarse else model.dtype).eps, LEAST_TOLERANCE)
         self._cap = next((cap for name in CAPS if (cap := getattr(text, name, None))), None)
         try:
             self.logits(torch.zeros(1, text.hidden_size, dtype=model.dtype, device=model.device))

@@ -51,21 +51,22 @@ class Int8:
 
     def dense(self, packed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight that is meant, in full."""
-        codes, scales = self._parts(packed, shape)
+        codes, scales = self.parts(packed, shape)
         exact = torch.float32 if dtype == torch.float16 else dtype  # which has no room for small scales
         return codes.to(exact).mul_(scales.to(exact)[:, None]).to(dtype)
 
     def multiply(self, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Multiply bfloat16 rows, shape (rows, inputs), by the kernel on the CPU; returns (rows, outputs)."""
-        return torch._weight_int8pack_mm(rows, *self._parts(packed, shape))  # noqa: SLF001  # has no public name
+        return torch._weight_int8pack_mm(rows, *self.parts(packed, shape))  # noqa: SLF001  # has no public name
 
     def rows(self, packed: torch.Tensor, shape: tuple[int, ...], begin: int, end: int) -> torch.Tensor:
         """Return the packed weight of some outputs."""
-        codes, scales = self._parts(packed, shape)
+        codes, scales = self.parts(packed, shape)
         return torch.cat([_bytes(codes[begin:end]), _bytes(scales[begin:end])])
 
     @staticmethod
-    def _parts(packed: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(packed: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes, shape (outputs, inputs), and scales, shape (outputs,)."""
         outputs, inputs = shape
         codes, scales = packed[: outputs * inputs], packed[outputs * inputs :]
         return codes.view(torch.int8).view(shape), scales.view(SCALES)

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from filelock import FileLock, Timeout
 
 from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
+from airllm_nb.engine.head import PACKING
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.packed import Int4, layout
+from airllm_nb.engine.packed import Int4, Packing, layout
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.rounding import nearest
@@ -37,6 +38,8 @@ FOLDER = "quantized"
 ABOUT = "about.json"
 LOCK = ".lock"
 PAGE = 4096
+PIECES = 32 << 20
+"""Bytes of the head that are packed at once."""
 TEMPORARY = ".part"
 WAITING = "Waiting for another process that quantizes this model"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -86,8 +89,9 @@ class PackedCache:
         self._checkpoint = checkpoint
         self._name = name
         key = _key(quantized, checkpoint)
-        self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.packing}-{key}"
-        self.files = tuple(self._file(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers))
+        self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
+        layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
+        self.files = (*layers, *self._head(key))
 
     @property
     def skeleton(self) -> Skeleton:
@@ -115,7 +119,7 @@ class PackedCache:
         return self._checkpoint.joined((entry for file in self.files for entry in file.entries), states)
 
     def missing(self) -> list[int]:
-        """Return the numbers of the layers that are not there yet."""
+        """Return the numbers of the files that are not there yet; the head's is the last."""
         return [index for index, file in enumerate(self.files) if file.state() is None]
 
     def require_shareable(self, shared: Shared) -> None:
@@ -154,19 +158,22 @@ class PackedCache:
         needed = sum(self.files[index].size for index in missing)
         if shutil.disk_usage(self.folder).free < needed:
             raise self._refusal(os.strerror(errno.ENOSPC))
-        about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": str(self._quantized.packing)}
+        about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": self._quantized.name}
         (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         reader = Reader(self._checkpoint)
         groups = GroupReader(self._checkpoint, reader)
-        sources = {index: self._source(index) for index in missing}
-        buffer = torch.empty(max(group.nbytes for group in sources.values()), dtype=torch.uint8, device="cpu")
-        text = f"Quantizing {self._name} to {self._quantized.packing}, once: {format_size(self.nbytes)} in {self.folder}"
+        sources = {index: self._source(index) for index in missing if index < len(self.skeleton.layers)}
+        buffer = torch.empty(max((group.nbytes for group in sources.values()), default=0), dtype=torch.uint8, device="cpu")
+        text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
         written = self.nbytes - needed
         try:
             for index in missing:
-                tell(Fetching(text, sources[index].name, written, self.nbytes))
-                groups.fill(sources[index], buffer, keep_cached=False)
-                self._write(index, sources[index].views(buffer))
+                tell(Fetching(text, sources[index].name if index in sources else "head", written, self.nbytes))
+                if index in sources:
+                    groups.fill(sources[index], buffer, keep_cached=False)
+                    self._write(self.files[index], self._packed(index, sources[index].views(buffer)))
+                else:
+                    self._write(self.files[index], self._packed_head(groups))
                 written += self.files[index].size
         finally:
             reader.close()
@@ -178,16 +185,34 @@ class PackedCache:
         group = self._quantized.original.layers[index].group
         return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
 
-    def _write(self, index: int, views: Tensors) -> None:
-        """Pack a layer's weights, and put its file in place."""
-        file = self.files[index]
+    def _packed(self, index: int, views: Tensors) -> Iterator[torch.Tensor]:
+        """Return the tensors of a layer's file, in their order."""
+        for weight in stored_weights(self.skeleton.layers[index].group, self._quantized.packing):
+            yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
+
+    def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
+        """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
+        source = self._quantized.head
+        assert source is not None
+        (weight,) = source.weights.values()
+        count, width = weight.shape
+        step, scales = max(PIECES // (width * weight.dtype.itemsize), 1), []
+        for begin in range(0, count, step):
+            rows = torch.empty((min(step, count - begin), width), dtype=weight.dtype, device="cpu")
+            groups.fill_rows(source, begin, rows, keep_cached=False)
+            codes, scale = PACKING.parts(_nearest(rows, PACKING, weight.name), tuple(rows.shape))
+            scales.append(scale)
+            yield codes
+        yield torch.cat(scales)
+
+    def _write(self, file: LayerFile, tensors: Iterable[torch.Tensor]) -> None:
+        """Put a file in place, as a whole."""
         temporary = file.path.with_suffix(TEMPORARY)
         try:
             with temporary.open("wb") as out:
                 out.write(file.header)
-                for weight in stored_weights(self._quantized.skeleton.layers[index].group, self._quantized.packing):
-                    view = views[weight.name]
-                    out.write(as_bytes(_packed(view, weight) if weight.meant else view))
+                for tensor in tensors:
+                    out.write(as_bytes(tensor))
                 out.flush()
                 os.fsync(out.fileno())  # or a power failure could leave the name without the content
             temporary.replace(file.path)
@@ -195,13 +220,24 @@ class PackedCache:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
-    def _file(self, index: int, group: WeightGroup, key: str) -> LayerFile:
-        path = self.folder / f"layer-{index:03}.safetensors"
+    def _layer(self, index: int, group: WeightGroup, key: str) -> LayerFile:
+        packing = self._quantized.packing
+        tensors = {stored(packing, weight.name): weight for weight in stored_weights(group, packing)}
+        return self._file(f"layer-{index:03}", tensors, key)
+
+    def _head(self, key: str) -> Iterator[LayerFile]:
+        if self._quantized.head:
+            name = stored(PACKING, "head")
+            always = self.skeleton.always
+            recipe = next(recipe for recipe in always.recipes if recipe.sources == (name,))
+            yield self._file("head", {name: always.weights[next(iter(recipe.targets))]}, key)
+
+    def _file(self, what: str, tensors: dict[str, Weight], key: str) -> LayerFile:
+        path = self.folder / f"{what}.safetensors"
         header: dict[str, object] = {"__metadata__": {"airllm_nb": str(VERSION), "model": key}}
         begin = 0
-        for weight in stored_weights(group, self._quantized.packing):
+        for name, weight in tensors.items():
             end = begin + weight.nbytes
-            name = stored(self._quantized.packing, weight.name)
             header[name] = {"dtype": NAMES[weight.dtype], "shape": weight.shape, "data_offsets": (begin, end)}
             begin = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -218,10 +254,14 @@ class PackedCache:
 
 def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
     assert weight.meant is not None
+    return _nearest(tensor, weight.meant.packing, weight.name)
+
+
+def _nearest(tensor: torch.Tensor, packing: Packing, name: str) -> torch.Tensor:
     try:
-        return nearest(tensor, weight.meant.packing)
+        return nearest(tensor, packing)
     except ValueError as error:
-        raise CheckpointError(f"{weight.name} cannot be quantized: {error}.", "Load the model without quantize.") from error
+        raise CheckpointError(f"{name} cannot be quantized: {error}.", "Load the model without quantize.") from error
 
 
 @contextlib.contextmanager

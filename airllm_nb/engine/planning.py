@@ -22,7 +22,7 @@ from airllm_nb.engine.memory import ACTIVATIONS, format_size
 from airllm_nb.engine.packed_cache import PackedCache
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.prediction import work_of
-from airllm_nb.engine.quantize import packing_of, quantized
+from airllm_nb.engine.quantize import asked, quantized
 from airllm_nb.engine.residency import decide_with_experts, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
@@ -102,13 +102,13 @@ def prepare(
     """
     chosen, number, reasons = choose(checkpoint, device, dtype, shared)
     one_row.require_mode(kernels, chosen)
-    packing = None if quantize is None else packing_of(quantize)
+    packing, head = (None, False) if quantize is None else asked(quantize)
     if packing and kernels != "exact":
         raise AirLLMError("Quantized layers have kernels of their own.", f"Leave out kernels={kernels!r}, or quantize.")
     skeleton = build(checkpoint.folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
     published, packed = checkpoint.nbytes, None
     if packing is not None:
-        packed = PackedCache(quantized(skeleton, packing), checkpoint, name)
+        packed = PackedCache(quantized(skeleton, packing, head=head), checkpoint, name)
         packed.require_shareable(shared)
         skeleton, checkpoint = packed.skeleton, packed.joined()
         require_shareable(checkpoint, chosen, shared)

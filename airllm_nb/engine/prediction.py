@@ -45,6 +45,8 @@ class Work:
         Where they lie.
     packing : Packing or None
         How the weights of `shapes` are packed, if they are quantized.
+    head : Packing or None
+        How the head is.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -57,6 +59,7 @@ class Work:
     room: int
     checkpoint: Checkpoint
     packing: Packing | None = None
+    head: Packing | None = None
 
 
 def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decision: Residency, held: float = 1.0) -> Work:
@@ -92,13 +95,16 @@ def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decisio
     packing = next((weight.meant.packing for weight in middle if weight.meant), None)
     shapes = [weight.meant.shape if weight.meant else weight.shape for weight in middle if weight.meant or packing is None]
     head = skeleton.model.get_output_embeddings()
-    rest = 0 if head is None else head.weight.numel() * head.weight.dtype.itemsize
+    packed_head = next((weight for weight in skeleton.always.weights.values() if weight.meant), None)
+    plain = 0 if head is None else head.weight.numel() * head.weight.dtype.itemsize
+    rest = packed_head.nbytes if packed_head else plain
     kept = [layer.group.nbytes for layer, stays in zip(skeleton.layers, decision.resident, strict=True) if stays]
     left = memory.available(torch.device("cpu"))[0] - skeleton.always.nbytes - sum(kept) - sum(decision.window) - decision.experts
     return Work(
         tuple((shape[-2], shape[-1]) for shape in shapes if len(shape) > 1), tuple(map(int, computed)),
         tuple(map(_nbytes, sources)), tuple(int(_nbytes(entries) * chosen * (1 - held)) for entries in experts), rest,
         tuple(streamed), len(decision.window), max(left, 0), checkpoint, packing,
+        packed_head.meant.packing if packed_head and packed_head.meant else None,
     )  # fmt: skip
 
 
@@ -183,8 +189,8 @@ def _predict(work: Work, dtype: torch.dtype, *, write: bool) -> Prediction:
     overhead = probe.layer_overhead()
     if work.streamed:
         return _predict_streaming(work, dtype, overhead, write=write)
-    rate, plain = probe.computing(work.shapes, dtype, work.packing), probe.computing(work.shapes, dtype)
-    seconds = sum(work.computed) / rate + work.rest / plain + overhead * len(work.computed)
+    rate, last = probe.computing(work.shapes, dtype, work.packing), probe.computing(work.shapes, dtype, work.head)
+    seconds = sum(work.computed) / rate + work.rest / last + overhead * len(work.computed)
     return Prediction(seconds, rate, overhead=overhead)
 
 
@@ -200,7 +206,7 @@ def _predict_streaming(work: Work, dtype: torch.dtype, overhead: float, *, write
             for nbytes, missing in zip(work.computed, work.missing, strict=True)
         ],
         [nbytes / reading.alone for nbytes in work.read],
-        work.rest / (probe.computing(work.shapes, dtype) if work.packing else computing.alone),
+        work.rest / (probe.computing(work.shapes, dtype, work.head) if work.packing else computing.alone),
         work.slots,
         slowed=slowed,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from airllm_nb.compat.keys import Recipe
+from airllm_nb.engine.head import PACKING, packed_head
 from airllm_nb.engine.packed import Int4, Int8, Packing, layout
 from airllm_nb.engine.packed_weight import Meant
 from airllm_nb.engine.skeleton import Layer, Skeleton
@@ -17,6 +18,7 @@ from airllm_nb.engine.weights import SMALL, Parameter, Weight, WeightGroup
 from airllm_nb.errors import AirLLMError, UnsupportedError
 
 ROUTER = re.compile(r"\.(gate|classifier|\w*router\w*)\.")
+HEAD = "+head"
 GROUPS = (32, 64, 128, 256)  # that PyTorch's kernel takes
 
 
@@ -31,7 +33,9 @@ class Quantized:
     original : Skeleton
         The same model, whose layers read the checkpoint as it is published.
     packing : Packing
-        How weights are packed.
+        How the layers' weights are packed.
+    head : WeightGroup or None
+        The head's weight as published, if it is packed, too.
     left : dict of str to str
         Matrices of the layers that are left as they are, and why.
     """
@@ -39,7 +43,25 @@ class Quantized:
     skeleton: Skeleton
     original: Skeleton
     packing: Packing
+    head: WeightGroup | None
     left: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+        return f"{self.packing}{HEAD if self.head else ''}"
+
+
+def asked(quantize: str) -> tuple[Packing, bool]:
+    """Return how the layers are to be packed, and whether the head is, too: ``"int4+head"``.
+
+    Raises
+    ------
+    AirLLMError
+        If there is no such quantization.
+    """
+    layers = str(quantize).removesuffix(HEAD)
+    return packing_of(layers), layers != str(quantize)
 
 
 def packing_of(name: str) -> Packing:
@@ -57,14 +79,17 @@ def packing_of(name: str) -> Packing:
         if group in GROUPS:
             return Int4(group)
     groups = ", ".join(f"int4-{group}" for group in GROUPS)
-    raise AirLLMError(f"There is no quantization {name!r}.", f'Use "int8", "int4", or with groups of another size: {groups}.')
+    raise AirLLMError(
+        f"There is no quantization {name!r}.",
+        f'Use "int8", "int4", or with groups of another size: {groups}; "int4{HEAD}" also packs the head.',
+    )
 
 
-def quantized(skeleton: Skeleton, packing: Packing) -> Quantized:
-    """Let the linear layers of each decoder layer have packed weights.
+def quantized(skeleton: Skeleton, packing: Packing, *, head: bool = False) -> Quantized:
+    """Let the linear layers of each decoder layer have packed weights, and perhaps the head.
 
     Left as they are: what is no plain linear layer's own (it would be unpacked at every use), what computes in another dtype than
-    its layer, and shapes that no kernel takes. Embeddings, norms and the head stay.
+    its layer, and shapes that no kernel takes. Embeddings and norms stay.
 
     Raises
     ------
@@ -82,7 +107,10 @@ def quantized(skeleton: Skeleton, packing: Packing) -> Quantized:
     if not any(weight.meant for layer in layers for weight in layer.group.weights.values()):
         name, why = next(iter(left.items()), ("its layers", "they have no matrices"))
         raise UnsupportedError(f"Nothing of this model can be quantized: {name}: {why}.", "Load it without quantize.")
-    return Quantized(replace(skeleton, layers=layers), skeleton, packing, left)
+    smaller, source = replace(skeleton, layers=layers), None
+    if head:
+        smaller, source = packed_head(smaller, stored(PACKING, "head"))
+    return Quantized(smaller, skeleton, packing, source, left)
 
 
 def stored(packing: Packing, name: str, *_others: str) -> str:
@@ -148,6 +176,7 @@ def describe(quantized: Quantized) -> str:
     numbers = sum(math.prod(weight.meant.shape) for weight in packed if weight.meant)
     bits = sum(weight.nbytes for weight in packed) * 8 / numbers if numbers else 0
     text = f"{quantized.packing}: {len(packed)} matrices of the layers, {bits:.2f} bits a weight"
+    text += "; the head in int8" if quantized.head else ""
     if not quantized.left:
         return text
     stays = {weight.name: weight.nbytes for weight in weights if weight.name in quantized.left}

@@ -265,12 +265,12 @@ class GroupReader:
         entry = self._checkpoint[recipe.sources[0]]
         return entry.file, entry.offset
 
-    def fill_rows(self, group: WeightGroup, first: int, into: torch.Tensor) -> None:
+    def fill_rows(self, group: WeightGroup, first: int, into: torch.Tensor, *, keep_cached: bool = True) -> None:
         """Read neighbouring rows of a group's only weight, which one tensor is: as many as `into` has, from row `first` on."""
         entry = self._checkpoint[group.recipes[0].sources[0]]
         size = entry.nbytes // entry.shape[0]
         rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
-        self.read([rows], into, keep_cached=True)  # a few kB each, and the common ones come again
+        self.read([rows], into, keep_cached=keep_cached)  # of an embedding, the common ones come again
 
     def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
         """Read tensors into a contiguous one, one after the other; returns the bytes that the page cache did not hold."""
