@@ -210,6 +210,13 @@ def _packing_peak(bench: Bench) -> Found:
     return max(one["peak"] / one["layer"] for one in found.values()), found
 
 
+def _crossover(bench: Bench) -> Found:
+    """Tell how far the rows that take the kernel are from those that should: what is between computes too slowly."""
+    found = bench.side("crossover", bench.folder("3b"), dtype="bfloat16")
+    ratios = [max(one["rows"], 1) / one["taken"] for one in found.values()]
+    return max(max(ratio, 1 / ratio) for ratio in ratios), found
+
+
 def _gguf(bench: Bench) -> Found:
     """Take the faster of the GGUF file as it is, and after one conversion."""
     folder = bench.folder("3b")
@@ -266,6 +273,12 @@ ROWS = {
         ),
         Row("q-packing", "quantizing: MB of bfloat16 per second of a core", 150, _packing, most=True, unit="MB/s"),
         Row("q-peak", "quantizing: memory that it takes over the largest layer", 3, _packing_peak),
+        Row(
+            "q-rows",
+            "rows up to which the kernel is faster than unpacking over those that take it, or the inverse",
+            2,
+            _crossover,
+        ),
         Row("q-gguf", "GGUF Q4_0, streaming, itself or quantized once: seconds per token over int4", 1.3, _gguf),
         Row("p", "seconds per token predicted over measured, or the inverse", 1.3, _prediction),
     )

@@ -21,7 +21,7 @@ from airllm_nb.bench import machine
 from airllm_nb.bench.display import display
 from airllm_nb.bench.guesses import guesses
 from airllm_nb.bench.machine import BenchError
-from airllm_nb.bench.packing import decodes, packed, packs
+from airllm_nb.bench.packing import crossover, decodes, packed, packs
 from airllm_nb.bench.sharing import sharing
 from airllm_nb.bench.timing import generate, plain, read_bytes
 from airllm_nb.errors import AirLLMError
@@ -138,7 +138,7 @@ def main(name: str, options: str) -> Any:
 
 
 SIDES: dict[str, Callable[..., Any]] = {
-    side.__name__: side for side in (fits, cold, streams, peak, display, guesses, sharing, predicted, packs, decodes)
+    side.__name__: side for side in (fits, cold, streams, peak, display, guesses, sharing, predicted, packs, decodes, crossover)
 }
 
 if __name__ == "__main__":

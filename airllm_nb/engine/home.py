@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from airllm_nb.errors import AirLLMError
+
 DEMO_FOLDER = "SmolLM2-135M-Instruct-v1"  # counted up when the conversion changes
 
 
 def cache_home() -> Path:
-    """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder."""
-    if home := os.environ.get("AIRLLM_NB_HOME"):
+    """Return our cache folder: ``AIRLLM_NB_HOME``, or ``airllm_nb`` in the user's cache folder.
+
+    Raises
+    ------
+    AirLLMError
+        If it is in the home of somebody who has none.
+    """
+    home = os.environ.get("AIRLLM_NB_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/airllm_nb"
+    try:
         return Path(home).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "airllm_nb"
+    except RuntimeError as error:
+        raise AirLLMError(f"There is no folder {home}: {error}", "Set AIRLLM_NB_HOME to a folder that can be written.") from error

@@ -195,11 +195,13 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def multiply(
-    packing: Packing, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...], bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Multiply as ``linear`` does by a packed weight: a few rows by its kernel, more by the weight unpacked."""
+    packing: Packing, rows: torch.Tensor, packed: torch.Tensor, shape: tuple[int, ...], bias: torch.Tensor | None = None,
+    *, most_rows: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Multiply as ``linear`` does by a packed weight: a few rows by its kernel, more than `most_rows` by the weight unpacked."""
+    most = packing.most_rows if most_rows is None else most_rows
     flat = rows.reshape(-1, shape[1])
-    if packed.device.type == "cpu" and len(flat) <= packing.most_rows and not torch.is_grad_enabled():
+    if packed.device.type == "cpu" and len(flat) <= most and not torch.is_grad_enabled():
         product = packing.multiply(flat.to(SCALES).contiguous(), packed, shape).to(rows.dtype)
         if bias is not None:
             product += bias

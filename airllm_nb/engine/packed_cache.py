@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from airllm_nb.compat import versions
 from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
 from airllm_nb.engine.head import PACKING
@@ -283,7 +284,8 @@ def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
     """Return what tells the packed layers of one model from all others.
 
     The checkpoint's own tensors, the state of its files and a page from the middle of each tensor, the model's weights as the
-    installed transformers names them, and how this CPU's kernel wants them. (From headers alone, a plan cannot know it all.)
+    installed transformers names them and makes them, and how this CPU's kernel wants them. (From headers alone, a plan cannot
+    know it all.)
     """
     wants = layout() if isinstance(quantized.packing, Int4) else ""
     digest = hashlib.sha256(f"{VERSION} {quantized.packing} {wants} {platform.machine()}".encode())
@@ -292,6 +294,10 @@ def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
         digest.update(f"{path.name} {state.size} {state.mtime_ns} {state.ctime_ns} {state.inode}".encode())
     for entry in checkpoint.values():
         digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.offset}".encode())
+    for layer in quantized.original.layers:
+        for recipe in layer.group.recipes:
+            by = versions.installed_text() if recipe.convert else ""
+            digest.update(f"{recipe.sources} {[*recipe.targets]} {by}".encode())
     for layer in quantized.skeleton.layers:
         for weight in layer.group.weights.values():
             digest.update(f"{weight.name} {weight.dtype} {weight.shape} {weight.meant and weight.meant.dtype}".encode())

@@ -272,3 +272,9 @@ def test_layers_begin_to_stream_when_memory_becomes_short(checkpoint, monkeypatc
 def test_measured_kernels_and_quantized_layers_exclude_each_other(checkpoint):
     with pytest.raises(AirLLMError, match="Quantized layers have kernels of their own"):
         plan(checkpoint("llama"), device="cpu", quantize="int8", kernels="measured")
+
+
+def test_a_home_that_nobody_has_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("AIRLLM_NB_HOME", "~no-such-user/x")
+    with pytest.raises(AirLLMError, match="There is no folder ~no-such-user/x"):
+        load(checkpoint("llama"))
