@@ -106,7 +106,8 @@ class PackedCache:
 
     def __str__(self) -> str:
         missing = self.missing()
-        where = f"{format_size(self.nbytes)} in {self.folder}"
+        folder = self.folder if self._checkpoint.states else self.folder.parent  # its name is known once the weights are here
+        where = f"{format_size(self.nbytes)} in {folder}"
         return f"{describe(self._quantized)}; {where}{', to be written first' if missing else ''}"
 
     @property
