@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from outcomes import pytest_terminal_summary  # noqa: F401  # a hook
 
-from airllm_nb.engine.interrupts import free_logging
+from airllm_nb.engine.interrupts import free_locks
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +43,10 @@ def gradients_stay_on():
 
 
 @pytest.fixture(autouse=True)
-def logging_stays_free():
-    """Tests interrupt at random moments; see `free_logging`."""
+def locks_stay_free():
+    """Tests interrupt at random moments; see `free_locks`."""
     yield
-    free_logging()
+    free_locks()
 
 
 @pytest.fixture

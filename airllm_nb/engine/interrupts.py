@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,16 @@ def interrupt_later() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def free_logging() -> None:
-    """Give back the lock of Python's logging, if this thread has it: to be called after an interrupt, outside of all logging.
+def free_locks() -> None:
+    """Give back the locks of Python's logging and of tqdm that this thread has: to be called after an interrupt, outside of both.
 
-    Before Python 3.13 an interrupt between taking and giving it leaves it with the thread for ever, and all others that log wait.
+    An interrupt between taking and giving one (logging's before Python 3.13) leaves it with the thread for ever, and all others
+    that log, or draw a bar, wait.
     """
-    lock: Any = getattr(logging, "_lock", None)
-    while lock is not None and lock._is_owned():  # noqa: SLF001  # logging has no other name for it
-        lock.release()
+    tqdm: Any = sys.modules.get("tqdm")
+    both = getattr(getattr(getattr(tqdm, "tqdm", None), "_lock", None), "locks", ())  # a thread's, and one of all processes
+    lock: Any
+    for lock in (getattr(logging, "_lock", None), *both):
+        owned = getattr(lock, "_is_owned", None) or getattr(getattr(lock, "_semlock", None), "_is_mine", None)
+        while owned is not None and owned():
+            lock.release()

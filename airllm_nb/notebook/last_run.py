@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from airllm_nb.notebook.conversation import Conversation
     from airllm_nb.notebook.generation import Run
     from airllm_nb.notebook.progress import Renderer
-    from airllm_nb.notebook.summary import Answer
+    from airllm_nb.notebook.summary import Answer, Interrupted
 
     Write = Callable[[str], object]
 
@@ -44,6 +44,8 @@ class LastRun:
         The last run's ids, those of the prompt and those of the answer.
     answer : Answer or None
         The last answer, complete or not.
+    current : Run or None
+        The run of the call that is under way, if it has made or taken one.
     """
 
     def __init__(self, new_renderer: Callable[[], Renderer], write: Write, stop: threading.Event) -> None:
@@ -53,11 +55,12 @@ class LastRun:
         self._new_renderer = new_renderer
         self._write = write
         self._stop = stop
+        self.current: Run | None = None
         self._made: Answer | None = None  # by the call that is under way
 
     def ask(self) -> None:
         """Note that somebody asks for something."""
-        self._made = None
+        self.current = self._made = None
 
     @property
     def made(self) -> Run | None:
@@ -73,6 +76,13 @@ class LastRun:
         """Note that they did not get it, or not all of it: it can be gone on with."""
         run.limited, self.run = False, run
 
+    def interrupted(self, run: Run) -> Interrupted:
+        """Take a run back, and return what to raise: who asked gets the text so far, and it can be gone on with."""
+        self.take_back(run)
+        stopped = run.interrupted()
+        self.answer = stopped.answer
+        return stopped
+
     def begin(
         self, make: Callable[[], Run], conversation: Conversation, renderer: Renderer | None, write: Write | None
     ) -> Answer:
@@ -80,17 +90,17 @@ class LastRun:
         before, self.run = self.run, None
         try:
             with quiet():
-                self.run = run = make()
+                self.run = self.current = run = make()
             with self._interruptible(run):
                 run.begin(write or self._write)
         except Exception:
-            self.run = before
+            self.run, self.current = before, None
             raise
         _release(before, conversation)
         try:
             return self._go(run, renderer, write, again=False)
         except Exception:
-            self.run = None
+            self.run = self.current = None
             raise
 
     def goes_on(self, model: LayeredModel) -> bool:
@@ -99,7 +109,7 @@ class LastRun:
 
     def proceed(self, renderer: Renderer | None, write: Write | None) -> Answer:
         """Go on with the run; there must be one."""
-        run = self.run
+        run = self.current = self.run
         assert run is not None
         if run.limited:
             run.extend(write or self._write)
@@ -132,11 +142,8 @@ class LastRun:
             with quiet():
                 yield
         except KeyboardInterrupt as interrupt:
-            self.take_back(run)
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half computed
-            stopped = run.interrupted()
-            self.answer = stopped.answer
-            raise stopped from None
+            raise self.interrupted(run) from None
 
 
 def _release(run: Run | None, conversation: Conversation) -> None:

@@ -7,7 +7,7 @@ import time
 import weakref
 from typing import Protocol
 
-from airllm_nb.engine.interrupts import free_logging
+from airllm_nb.engine.interrupts import free_locks
 from airllm_nb.errors import AirLLMError
 
 PAUSE = 0.01
@@ -68,7 +68,7 @@ class OneAtATime:
 
     def leave(self) -> None:
         """Give it back; nothing happens if this thread does not have it."""
-        free_logging()
+        free_locks()
         if self._owner == threading.get_ident():
             self._owner = None
             self._tell()

@@ -331,7 +331,6 @@ class Session:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         self._refuse_nesting()
-        run: Run | None = None
         try:
             self._turns.enter()
             self._last.ask()
@@ -342,9 +341,9 @@ class Session:
         except Interrupted:
             raise
         except KeyboardInterrupt as interrupt:
-            if run is not None:
-                self._last.take_back(run)
             traceback.clear_frames(interrupt.__traceback__)  # IPython keeps it, and so what is half loaded or half computed
+            if self._last.current is not None:  # between its last layer and who asked
+                raise self._last.interrupted(self._last.current) from None
             raise Interrupted(f"stopped; {self._model.name if self._model else 'no model'} is loaded") from None
         finally:
             self._turns.leave()

@@ -1,9 +1,11 @@
 """An interrupt that is held back takes effect afterwards, and nothing is lost by it."""
 
 import gc
+import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch.overrides import _len_torch_function_stack
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.engine import readable
-from airllm_nb.engine.interrupts import interrupt_later
+from airllm_nb.engine.interrupts import free_locks, interrupt_later
 from airllm_nb.engine.readable import opened
 
 
@@ -61,3 +63,19 @@ def test_building_a_model_leaves_torch_as_it_was(checkpoint, monkeypatch):
     assert _len_torch_function_stack() == 0
     with LayeredModel.from_pretrained(folder, device="cpu") as model:
         assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_locks_that_an_interrupt_left_with_this_thread_are_given_back():
+    import tqdm
+
+    locks = [logging._lock, *tqdm.tqdm.get_lock().locks]
+    for lock in locks:
+        lock.acquire()
+        lock.acquire()
+    free_locks()
+    for lock in locks:
+        taken = []
+        other = threading.Thread(target=lambda lock=lock, taken=taken: taken.append(lock.acquire(timeout=5)) or lock.release())
+        other.start()
+        other.join()
+        assert taken == [True]

@@ -20,7 +20,7 @@ from soak_reference import LONGEST, TEMPERATURE, Reference
 from tiny import budgets
 
 from airllm_nb import plan
-from airllm_nb.engine.interrupts import free_logging
+from airllm_nb.engine.interrupts import free_locks
 from airllm_nb.errors import AirLLMError
 from airllm_nb.notebook.magics import AirLLMMagics
 from airllm_nb.notebook.session import Session
@@ -210,7 +210,7 @@ class Person:
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            free_logging()
+            free_locks()
             self.did["interrupts outside of the session"] += 1
             raise Late from None
 

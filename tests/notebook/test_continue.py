@@ -18,6 +18,7 @@ from airllm_nb import plan
 from airllm_nb.compat import cache
 from airllm_nb.errors import PromptError
 from airllm_nb.events import ComputeBegin, PassBegin, PassEnd
+from airllm_nb.notebook.last_run import LastRun
 from airllm_nb.notebook.one_at_a_time import SessionError
 from airllm_nb.notebook.summary import Interrupted
 
@@ -124,6 +125,31 @@ def test_kinds_of_models(session, checkpoint, kind, how):
     with pytest.raises(Interrupted):
         run(session, how | {"write": StopAt(session, 7)})
     same(session.proceed(), expected)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("ask", ["ask", "chat"])
+def test_a_stop_between_the_last_token_and_who_asked(chatting, monkeypatch, ask, after):
+    """Who asked gets the text, and not the one before it can be gone on with."""
+    expected = run(chatting, GREEDY, ask)
+    chatting.forget()
+    with pytest.raises(Interrupted):
+        run(chatting, GREEDY | {"write": StopAt(chatting, 3)}, ask, "another")
+    chatting.forget()
+    give = LastRun.give
+
+    def press(self, one):
+        if after:
+            give(self, one)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastRun, "give", press)
+        with pytest.raises(Interrupted) as stopped:
+            run(chatting, GREEDY, ask)
+    assert stopped.value.answer.token_ids == expected.token_ids
+    assert stopped.value.answer.stopped == "interrupted"
+    same(chatting.proceed(), expected)
 
 
 @pytest.fixture
