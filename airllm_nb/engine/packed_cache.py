@@ -32,7 +32,7 @@ from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same weights would be packed in another way."""
 DIGITS = 16
 FOLDER = "quantized"
