@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from airllm_nb.compat import cache, longrope
-from airllm_nb.compat.tokenizer import load_tokenizer
+from airllm_nb.compat.tokenizer import TOKENIZER_FILES, load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, many, taps, threads, tracing
 from airllm_nb.engine.experts import ExpertStore
@@ -34,7 +34,6 @@ from airllm_nb.events import LayerInfo, Listener
 
 __all__ = ["LayeredModel", "plan"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_path", "_trust", "_tokenizer", "_streams", "_free", "progress"))
 
 

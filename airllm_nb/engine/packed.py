@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import linear
@@ -77,10 +77,12 @@ class Int4:
     """A code from 0 to 15 for each weight; `group` neighbouring inputs share scale and zero: ``(code - 8) * scale + zero``."""
 
     group: int = 64
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """How codes are chosen, which matters only where they are."""
     most_rows: ClassVar[int] = 96
 
     def __str__(self) -> str:
-        return f"int4-{self.group}"
+        return f"int4-{self.group}{'-gptq' if self.rounding == 'gptq' else ''}"
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Return why a weight of a shape cannot be packed; None if it can."""

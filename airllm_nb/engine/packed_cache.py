@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from airllm_nb.compat import versions
 from airllm_nb.compat.keys import Tensors
+from airllm_nb.engine import calibration
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
 from airllm_nb.engine.head import PACKING
 from airllm_nb.engine.home import cache_home
@@ -83,12 +84,15 @@ class PackedCache:
         What it is made from.
     name : str
         The model's short name.
+    trust_remote_code : bool
+        The user's own word that the tokenizer may be code from the checkpoint.
     """
 
-    def __init__(self, quantized: Quantized, checkpoint: Checkpoint, name: str) -> None:
+    def __init__(self, quantized: Quantized, checkpoint: Checkpoint, name: str, *, trust_remote_code: bool = False) -> None:
         self._quantized = quantized
         self._checkpoint = checkpoint
         self._name = name
+        self._trust = trust_remote_code
         key = _key(quantized, checkpoint)
         self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
@@ -162,24 +166,41 @@ class PackedCache:
             raise self._refusal(os.strerror(errno.ENOSPC))
         about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": self._quantized.name}
         (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        reader = Reader(self._checkpoint)
-        groups = GroupReader(self._checkpoint, reader)
+        text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
+        layers = self.skeleton.layers
+
+        def begin(index: int) -> None:
+            written = self.nbytes - sum(self.files[index].size for index in self.missing())
+            tell(Fetching(text, layers[index].group.name if index < len(layers) else "head", written, self.nbytes))
+
+        if isinstance(self._quantized.packing, Int4) and self._quantized.packing.rounding == "gptq":
+            self._calibrate({index for index in missing if index < len(layers)}, begin)
+        self._write_nearest(begin)  # also layers that no text passes through, as those of a vision tower
+        tell(Fetching(text, "", self.nbytes, self.nbytes))
+
+    def _calibrate(self, missing: set[int], begin: Callable[[int], None]) -> None:
+        """Write the layers that are missing with compensated errors."""
+        ids = calibration.token_ids(self._checkpoint.folder, self.skeleton.model, trust_remote_code=self._trust)
+
+        def write(index: int, views: Tensors, packed: Tensors) -> None:
+            self._write(self.files[index], self._packed(index, views, packed))
+
+        calibration.Calibration(self._quantized, self.joined, missing, begin, write).run(ids)
+
+    def _write_nearest(self, begin: Callable[[int], None]) -> None:
+        """Write what is missing."""
+        missing = self.missing()
         sources = {index: self._source(index) for index in missing if index < len(self.skeleton.layers)}
         buffer = torch.empty(max((group.nbytes for group in sources.values()), default=0), dtype=torch.uint8, device="cpu")
-        text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
-        written = self.nbytes - needed
-        try:
+        with contextlib.closing(Reader(self._checkpoint)) as reader:
+            groups = GroupReader(self._checkpoint, reader)
             for index in missing:
-                tell(Fetching(text, sources[index].name if index in sources else "head", written, self.nbytes))
+                begin(index)
                 if index in sources:
                     groups.fill(sources[index], buffer, keep_cached=False)
-                    self._write(self.files[index], self._packed(index, sources[index].views(buffer)))
+                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}))
                 else:
                     self._write(self.files[index], self._packed_head(groups))
-                written += self.files[index].size
-        finally:
-            reader.close()
-        tell(Fetching(text, "", written, self.nbytes))
 
     def _source(self, index: int) -> WeightGroup:
         """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
@@ -187,10 +208,13 @@ class PackedCache:
         group = self._quantized.original.layers[index].group
         return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
 
-    def _packed(self, index: int, views: Tensors) -> Iterator[torch.Tensor]:
-        """Return the tensors of a layer's file, in their order."""
+    def _packed(self, index: int, views: Tensors, packed: Tensors) -> Iterator[torch.Tensor]:
+        """Return the tensors of a layer's file, in their order; what is packed already need not be."""
         for weight in stored_weights(self.skeleton.layers[index].group, self._quantized.packing):
-            yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
+            view = views[weight.name]
+            if weight.meant:
+                view = packed[weight.name] if weight.name in packed else _packed(view, weight)
+            yield view
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
         """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
@@ -291,6 +315,8 @@ def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
     wants = layout() if isinstance(quantized.packing, Int4) else ""
     digest = hashlib.sha256(f"{VERSION} {quantized.packing} {wants} {platform.machine()}".encode())
     digest.update((checkpoint.folder / "config.json").read_bytes())
+    if isinstance(quantized.packing, Int4) and quantized.packing.rounding == "gptq":
+        digest.update(calibration.TEXT.read_bytes())
     for path, state in sorted(checkpoint.states.items()):
         digest.update(f"{path.name} {state.size} {state.mtime_ns} {state.ctime_ns} {state.inode}".encode())
     for entry in checkpoint.values():

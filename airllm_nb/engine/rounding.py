@@ -128,6 +128,11 @@ def _error(
     return off.mul_(off) @ counts
 
 
+def nearest_codes(numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return the nearest codes less 8, as float32, of numbers, float32, each of which has a scale and a zero."""
+    return torch.sub(numbers, zeros).mul_(_inverse(scales)).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
+
+
 def _round8(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes from -127 to 127 for whole rows, shape (rows, 1, inputs), and their scales; zeros are 0."""
     scales = torch.maximum(piece.amax(dim=-1), -piece.amin(dim=-1)).div_(127).to(SCALES)
