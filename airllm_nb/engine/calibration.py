@@ -63,7 +63,7 @@ class Calibration:
     """Quantizes the layers of a model in one pass, on the CPU.
 
     In memory are, at most: what always stays, one layer as it is published and the same one packed, the activations of `TOKENS`
-    tokens in that layer, and for its widest linear layer, of n inputs and m outputs, ``8 n n + 12 n m`` bytes.
+    tokens in that layer, and for its widest linear layer, of n inputs, ``8 n n`` bytes.
 
     Parameters
     ----------

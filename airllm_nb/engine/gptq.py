@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from airllm_nb.engine.conversion import SERIAL
 from airllm_nb.engine.packed import SCALES, Int4
-from airllm_nb.engine.rounding import nearest_codes, round4
+from airllm_nb.engine.rounding import inverse, round4
 
 DAMPING = 0.01
 """Share of the mean of G's diagonal that is added to it, as in GPTQ: few tokens do not reach all directions of the inputs."""
@@ -67,7 +68,7 @@ def compensated(weight: torch.Tensor, packing: Int4, factor: Factor) -> torch.Te
     Parameters
     ----------
     weight : torch.Tensor
-        Shape (outputs, inputs), any floating dtype. Two copies of it in float32 are made.
+        Shape (outputs, inputs), any floating dtype.
     packing : Int4
         Must take that shape. A group gets its scale when the columns after it are rounded: with what it makes up for.
     factor : Factor
@@ -85,21 +86,36 @@ def compensated(weight: torch.Tensor, packing: Int4, factor: Factor) -> torch.Te
     """
     if not weight.isfinite().all():
         raise ValueError("a weight is not finite")
-    (outputs, inputs), group = weight.shape, packing.group
-    wanted = weight.T.to(torch.float32).contiguous()  # a row for each input: they are taken one after the other
-    errors, codes = torch.empty_like(wanted), torch.empty((inputs, outputs), dtype=torch.uint8)
-    scales, zeros = (torch.empty((outputs, inputs // group), dtype=SCALES) for _ in range(2))
+    outputs, inputs = weight.shape
+    codes = torch.empty((inputs, outputs), dtype=torch.uint8)
+    scales, zeros = (torch.empty((outputs, inputs // packing.group), dtype=SCALES) for _ in range(2))
     importance = factor.variances / factor.variances.mean()
-    for begin in range(inputs - group, -1, -group):
-        end = begin + group
-        aims = torch.addmm(wanted[begin:end], factor.lower[end:, begin:end].T, errors[end:])
+    for part in (slice(begin, begin + SERIAL // packing.group) for begin in range(0, outputs, SERIAL // packing.group)):
+        _compensate(weight[part], factor.lower, importance, codes[:, part], scales[part], zeros[part])
+    return packing.pack(codes.T.contiguous(), scales, zeros)
+
+
+def _compensate(
+    weight: torch.Tensor,
+    lower: torch.Tensor,
+    importance: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+) -> None:
+    """Fill in codes (inputs, outputs), scales and zeros (outputs, groups) of some outputs, which do not depend on the others."""
+    inputs, groups = weight.shape[1], scales.shape[1]
+    wanted = weight.T.to(torch.float32).contiguous()  # a row for each input: they are taken one after the other
+    errors = torch.empty_like(wanted)
+    for number in range(groups - 1, -1, -1):
+        begin, end = number * inputs // groups, (number + 1) * inputs // groups
+        aims = torch.addmm(wanted[begin:end], lower[end:, begin:end].T, errors[end:])
         _, scale, zero = round4(aims.T.contiguous().unsqueeze(1), importance[begin:end])
-        scales[:, begin // group], zeros[:, begin // group] = scale[:, 0], zero[:, 0]
+        scales[:, number], zeros[:, number] = scale[:, 0], zero[:, 0]
         step, middle = scale[:, 0].float(), zero[:, 0].float()
+        steps = inverse(step)
         for column in range(end - 1, begin - 1, -1):
-            aim = aims[column - begin]
-            code = nearest_codes(aim, step, middle)
+            code = torch.sub(aims[column - begin], middle).mul_(steps).round_().clamp_(-8, 7)
             torch.sub(wanted[column], (code * step).add_(middle), out=errors[column])
             codes[column] = code.add_(8)
-            aims[: column - begin].addr_(factor.lower[column, begin:column], errors[column])
-    return packing.pack(codes.T.contiguous(), scales, zeros)
+            aims[: column - begin].addr_(lower[column, begin:column], errors[column])

@@ -112,7 +112,8 @@ class LayeredModel:
         quantize : str, optional
             ``"int8"`` or ``"int4"`` keeps the linear layers' weights in so many bits, ``"int4-32"`` with groups of 32 instead
             of 64: other numbers, in less memory and faster on a CPU. They are written once to our cache, and read from there.
-            ``"int4+head"`` also keeps the head, in 8 bits.
+            ``"int4+head"`` also keeps the head, in 8 bits. ``"int4-gptq"`` rounds 4-bit weights so that their errors make up for
+            each other on a short text: nearer to the model as it is published, but writing them takes many times as long.
         progress : callable(event), optional
             Told of every event, see `airllm_nb.events`.
 

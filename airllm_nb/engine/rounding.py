@@ -81,7 +81,7 @@ def round4(numbers: torch.Tensor, importance: torch.Tensor | None = None) -> tup
     codes, products = torch.empty_like(numbers), torch.empty_like(numbers)
     for share in SHRINK:
         trial = (high - low) * (share / (LEVELS - 1))
-        torch.mul(centred, _inverse(trial).unsqueeze(-1), out=codes).sub_(0.5).round_().clamp_(-8, 7)
+        torch.mul(centred, inverse(trial).unsqueeze(-1), out=codes).sub_(0.5).round_().clamp_(-8, 7)
         codes_sum = codes @ counts
         squares = torch.mul(codes, codes, out=products) @ counts
         mixed = torch.mul(codes, weighted, out=products).sum(dim=-1)
@@ -123,23 +123,18 @@ def _error(
     """Fill `codes` with the nearest ones, from -8 to 7; returns the squared error of each group."""
     zero, scale = zeros.float().unsqueeze(-1), scales.float().unsqueeze(-1)
     off = torch.sub(numbers, zero)
-    torch.mul(off, _inverse(scale), out=codes).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
+    torch.mul(off, inverse(scale), out=codes).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
     off.sub_(codes * scale)
     return off.mul_(off) @ counts
-
-
-def nearest_codes(numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Return the nearest codes less 8, as float32, of numbers, float32, each of which has a scale and a zero."""
-    return torch.sub(numbers, zeros).mul_(_inverse(scales)).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
 
 
 def _round8(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes from -127 to 127 for whole rows, shape (rows, 1, inputs), and their scales; zeros are 0."""
     scales = torch.maximum(piece.amax(dim=-1), -piece.amin(dim=-1)).div_(127).to(SCALES)
-    codes = piece.mul_(_inverse(scales.float()).unsqueeze(-1)).round_().clamp_(-127, 127)
+    codes = piece.mul_(inverse(scales.float()).unsqueeze(-1)).round_().clamp_(-127, 127)
     return codes, scales, torch.zeros_like(scales)
 
 
-def _inverse(scales: torch.Tensor) -> torch.Tensor:
+def inverse(scales: torch.Tensor) -> torch.Tensor:
     """Return what to multiply by instead of dividing by scales: all numbers of a group may be equal."""
     return torch.where(scales == 0, 0.0, 1 / scales)
