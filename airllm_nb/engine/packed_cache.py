@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from airllm_nb.compat import versions
 from airllm_nb.compat.keys import Tensors
-from airllm_nb.engine import calibration
+from airllm_nb.engine import calibration, packed_key
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
 from airllm_nb.engine.head import PACKING
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.packed import Int4, Packing, layout
+from airllm_nb.engine.packed import Int4, Packing
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.rounding import nearest
@@ -33,13 +31,9 @@ from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
-VERSION = 2
-"""Counted up when the same weights would be packed in another way."""
-DIGITS = 16
 FOLDER = "quantized"
 ABOUT = "about.json"
 LOCK = ".lock"
-PAGE = 4096
 PIECES = 32 << 20
 """Bytes of the head that are packed at once."""
 TEMPORARY = ".part"
@@ -93,7 +87,7 @@ class PackedCache:
         self._checkpoint = checkpoint
         self._name = name
         self._trust = trust_remote_code
-        key = _key(quantized, checkpoint)
+        key = packed_key.key(quantized, checkpoint)
         self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
         self.files = (*layers, *self._head(key))
@@ -112,7 +106,11 @@ class PackedCache:
         missing = self.missing()
         folder = self.folder if self._checkpoint.states else self.folder.parent  # its name is known once the weights are here
         where = f"{format_size(self.nbytes)} in {folder}"
-        return f"{describe(self._quantized)}; {where}{', to be written first' if missing else ''}"
+        left = self._about().get("nearest", [])
+        unreached = (
+            f"; {len(left)} rounded to the nearest, as the calibration text does not reach them ({left[0]})" if left else ""
+        )
+        return f"{describe(self._quantized)}{unreached}; {where}{', to be written first' if missing else ''}"
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +163,7 @@ class PackedCache:
         if shutil.disk_usage(self.folder).free < needed:
             raise self._refusal(os.strerror(errno.ENOSPC))
         about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": self._quantized.name}
-        (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        self._write_about(self._about() | about)
         text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
         layers = self.skeleton.layers
 
@@ -175,7 +173,9 @@ class PackedCache:
 
         if isinstance(self._quantized.packing, Int4) and self._quantized.packing.rounding == "gptq":
             self._calibrate({index for index in missing if index < len(layers)}, begin)
-        self._write_nearest(begin)  # also layers that no text passes through, as those of a vision tower
+            for index in self.missing():  # those that no text passes through, as of a vision tower
+                self._note_nearest(index, {})
+        self._write_nearest(begin)
         tell(Fetching(text, "", self.nbytes, self.nbytes))
 
     def _calibrate(self, missing: set[int], begin: Callable[[int], None]) -> None:
@@ -183,6 +183,7 @@ class PackedCache:
         ids = calibration.token_ids(self._checkpoint.folder, self.skeleton.model, trust_remote_code=self._trust)
 
         def write(index: int, views: Tensors, packed: Tensors) -> None:
+            self._note_nearest(index, packed)
             self._write(self.files[index], self._packed(index, views, packed))
 
         calibration.Calibration(self._quantized, self.joined, missing, begin, write).run(ids)
@@ -201,6 +202,23 @@ class PackedCache:
                     self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}))
                 else:
                     self._write(self.files[index], self._packed_head(groups))
+
+    def _about(self) -> dict[str, Any]:
+        try:
+            about = json.loads((self.folder / ABOUT).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    def _write_about(self, about: dict[str, Any]) -> None:
+        (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def _note_nearest(self, index: int, packed: Tensors) -> None:
+        """Note which weights of a layer do not get compensated errors."""
+        layers, about = self.skeleton.layers, self._about()
+        weights = stored_weights(layers[index].group, self._quantized.packing) if index < len(layers) else []
+        if names := {weight.name for weight in weights if weight.meant} - packed.keys():
+            self._write_about(about | {"nearest": sorted(names.union(about.get("nearest", [])))})
 
     def _source(self, index: int) -> WeightGroup:
         """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
@@ -260,7 +278,7 @@ class PackedCache:
 
     def _file(self, what: str, tensors: dict[str, Weight], key: str) -> LayerFile:
         path = self.folder / f"{what}.safetensors"
-        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(VERSION), "model": key}}
+        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(packed_key.VERSION), "model": key}}
         begin = 0
         for name, weight in tensors.items():
             end = begin + weight.nbytes
@@ -303,35 +321,3 @@ def _alone(folder: Path, tell: Listener) -> Iterator[None]:
         yield
     finally:
         lock.release()  # also if an interrupt came right after it was taken
-
-
-def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
-    """Return what tells the packed layers of one model from all others.
-
-    The checkpoint's own tensors, the state of its files and a page from the middle of each tensor, the model's weights as the
-    installed transformers names them and makes them, and how this CPU's kernel wants them. (From headers alone, a plan cannot
-    know it all.)
-    """
-    wants = layout() if isinstance(quantized.packing, Int4) else ""
-    digest = hashlib.sha256(f"{VERSION} {quantized.packing} {wants} {platform.machine()}".encode())
-    digest.update((checkpoint.folder / "config.json").read_bytes())
-    if isinstance(quantized.packing, Int4) and quantized.packing.rounding == "gptq":
-        digest.update(calibration.TEXT.read_bytes())
-    for path, state in sorted(checkpoint.states.items()):
-        digest.update(f"{path.name} {state.size} {state.mtime_ns} {state.ctime_ns} {state.inode}".encode())
-    for entry in checkpoint.values():
-        digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.offset}".encode())
-    for layer in quantized.original.layers:
-        for recipe in layer.group.recipes:
-            by = versions.installed_text() if recipe.convert else ""
-            digest.update(f"{recipe.sources} {[*recipe.targets]} {by}".encode())
-    for layer in quantized.skeleton.layers:
-        for weight in layer.group.weights.values():
-            digest.update(f"{weight.name} {weight.dtype} {weight.shape} {weight.meant and weight.meant.dtype}".encode())
-    if checkpoint.states:
-        with contextlib.closing(Reader(checkpoint)) as reader:
-            for entry in checkpoint.values():
-                page = memoryview(bytearray(min(PAGE, entry.nbytes)))
-                reader.read(entry.file, entry.offset + (entry.nbytes - len(page)) // 2, page, keep_cached=True)
-                digest.update(page)
-    return digest.hexdigest()[:DIGITS]

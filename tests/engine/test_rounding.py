@@ -199,6 +199,7 @@ def test_layers_are_written_once_and_the_same_each_time(folder, home):
     load(folder).close()
     assert files(home) == first
     told.clear()
+    assert "rounded to the nearest" not in str(plan(folder, device="cpu", dtype="float32", quantize=NAME))
     load(folder, progress=told.append).close()
     assert not [event for event in told if type(event).__name__ == "Fetching"]
 
@@ -255,6 +256,10 @@ def test_matrices_that_the_pass_does_not_reach_get_the_nearest_codes(folder, hom
     one, other = ([path.read_bytes()[-1000:] for path in sorted(home.glob(f"*int4-32-{key}*/*.s*"))] for key in ("gptq", "[!g]"))
     assert len(one) == LAYERS
     assert one == other
+    text = str(plan(folder, device="cpu", dtype="float32", quantize=NAME))
+    assert (
+        "; 24 rounded to the nearest, as the calibration text does not reach them (model.layers.0.mlp.gate_proj.weight)" in text
+    )
 
 
 def test_a_model_without_a_tokenizer_is_refused(checkpoint, home):
