@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from airllm_nb.engine.packed import PIECE, SCALES, Int4, Packing
 
 LEVELS = 16
-SHRINK = (1.0, 0.92, 0.84)
-"""Shares of a group's range that are tried: what lies outside is rounded to the end, and all else is rounded finer."""
+SHRINK = (1.0, 0.94, 0.88, 0.82)
+"""Shares of a group's range that are tried: what lies outside is rounded to its ends, and all else is rounded finer."""
 
 
 def nearest(weight: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -76,56 +78,58 @@ def round4(numbers: torch.Tensor, importance: torch.Tensor | None = None) -> tup
     middle = (low + high) / 2
     centred = numbers - middle.unsqueeze(-1)
     weighted = centred if importance is None else centred * counts
-    moments = _Moments(counts.sum(), weighted.sum(dim=-1))
-    best, least = (scales, zeros), torch.full_like(low, torch.inf)
-    codes, products = torch.empty_like(numbers), torch.empty_like(numbers)
-    for share in SHRINK:
-        trial = (high - low) * (share / (LEVELS - 1))
-        torch.mul(centred, inverse(trial).unsqueeze(-1), out=codes).sub_(0.5).round_().clamp_(-8, 7)
-        codes_sum = codes @ counts
+    total, size, products = weighted.sum(dim=-1), counts.sum(), torch.empty_like(numbers)
+
+    def sums(codes: torch.Tensor) -> _Sums:
         squares = torch.mul(codes, codes, out=products) @ counts
-        mixed = torch.mul(codes, weighted, out=products).sum(dim=-1)
-        scale, zero, error = moments.fit(codes_sum, squares, mixed, middle)
+        return _Sums(size, total, codes @ counts, squares, torch.mul(codes, weighted, out=products).sum(dim=-1))
+
+    codes = _codes(numbers, scales, zeros)
+    found = sums(codes)
+    least = found.error(scales, zeros.float() - middle)
+    for share in SHRINK:
+        if share < 1:
+            trial = inverse((high - low) * (share / (LEVELS - 1)))
+            found = sums(torch.mul(centred, trial.unsqueeze(-1), out=codes).sub_(0.5).round_().clamp_(-8, 7))
+        scale, shift = found.fit()
+        zero = (shift + middle).to(SCALES)
+        error = found.error(scale, zero.float() - middle)
         better = error < least
         least = torch.where(better, error, least)
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-    plain, found = _error(numbers, scales, zeros, counts, codes), _error(numbers, *best, counts, products)
-    better = found < plain
-    codes = torch.where(better.unsqueeze(-1), products, codes)
-    return codes.add_(LEVELS // 2), torch.where(better, best[0], scales), torch.where(better, best[1], zeros)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return _codes(numbers, scales, zeros).add_(LEVELS // 2), scales, zeros
 
 
-class _Moments:
-    """Least squares of ``numbers = codes * scale + zero`` for each group, from sums over the group."""
-
-    def __init__(self, count: torch.Tensor, total: torch.Tensor) -> None:
-        self.count, self.total = count, total
-
-    def fit(
-        self, codes: torch.Tensor, squares: torch.Tensor, mixed: torch.Tensor, middle: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return scale and zero as they are stored, and their error but for what does not depend on them.
-
-        Given the sums of codes, of their squares, and of their products with the numbers less `middle`.
-        """
-        spread = squares - codes * codes / self.count
-        scale = torch.where(spread > 0, (mixed - self.total * codes / self.count) / spread.clamp_min(1e-30), 0.0).to(SCALES)
-        shift = (self.total - scale.float() * codes) / self.count
-        zero = (shift + middle).to(SCALES)
-        slope, shift = scale.float(), zero.float() - middle
-        error = slope * (slope * squares + 2 * shift * codes - 2 * mixed) + shift * (shift * self.count - 2 * self.total)
-        return scale, zero, error
+def _codes(numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return the nearest codes, from -8 to 7."""
+    steps = inverse(scales.float()).unsqueeze(-1)
+    return torch.sub(numbers, zeros.float().unsqueeze(-1)).mul_(steps).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
 
 
-def _error(
-    numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, counts: torch.Tensor, codes: torch.Tensor
-) -> torch.Tensor:
-    """Fill `codes` with the nearest ones, from -8 to 7; returns the squared error of each group."""
-    zero, scale = zeros.float().unsqueeze(-1), scales.float().unsqueeze(-1)
-    off = torch.sub(numbers, zero)
-    torch.mul(off, inverse(scale), out=codes).round_().clamp_(-LEVELS // 2, LEVELS // 2 - 1)
-    off.sub_(codes * scale)
-    return off.mul_(off) @ counts
+class _Sums(NamedTuple):
+    """Sums over each group, from which least squares of ``numbers = codes * scale + shift`` follow in closed form.
+
+    Of what each number counts, of the numbers, the codes, their squares, and the products of numbers and codes.
+    """
+
+    size: torch.Tensor
+    numbers: torch.Tensor
+    codes: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor
+
+    def fit(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best scale, as it is stored, and the best shift that goes with that."""
+        spread = self.squares - self.codes * self.codes / self.size
+        slope = (self.products - self.numbers * self.codes / self.size) / spread
+        scale = torch.where(spread > 0, slope, 0.0).to(SCALES)
+        return scale, (self.numbers - scale.float() * self.codes) / self.size
+
+    def error(self, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Return the squared error but for the squares of the numbers, which all have in common."""
+        slope = scale.float()
+        mixed = slope * (slope * self.squares + 2 * shift * self.codes - 2 * self.products)
+        return mixed + shift * (shift * self.size - 2 * self.numbers)
 
 
 def _round8(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ def test_a_scale_is_never_worse_than_the_range_and_mostly_better(packing):
     ours, plain = (
         (made - weight).square().view(64, -1, packing.group).sum(dim=-1) for made in (found, plain_grid(weight, packing.group))
     )
-    assert (ours <= plain * (1 + 1e-5)).all()
+    assert (ours <= plain * (1 + 1e-4)).all()
     assert ours.sum() < 0.95 * plain.sum()
 
 
