@@ -134,12 +134,12 @@ class LayeredModel:
             name, checkpoint, device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
             trust_remote_code=trust_remote_code, quantize=quantize,
         )  # fmt: skip
+        if decided.device.type == "cpu":
+            threads.apply()
         if packed is not None:
             packed.fill(progress)
             checkpoint = packed.joined()
             decided = replace(decided, quantized=str(packed), work=replace(decided.work, checkpoint=checkpoint))
-        if decided.device.type == "cpu":
-            threads.apply()
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, checkpoint.folder, trust_remote_code=trust_remote_code)
         try:

@@ -180,6 +180,8 @@ class PackedCache:
 
     def _calibrate(self, missing: set[int], begin: Callable[[int], None]) -> None:
         """Write the layers that are missing with compensated errors."""
+        if not missing:
+            return
         ids = calibration.token_ids(self._checkpoint.folder, self.skeleton.model, trust_remote_code=self._trust)
 
         def write(index: int, views: Tensors, packed: Tensors) -> None:

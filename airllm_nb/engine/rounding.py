@@ -9,7 +9,7 @@ import torch
 from airllm_nb.engine.packed import PIECE, SCALES, Int4, Packing
 
 LEVELS = 16
-SHRINK = (1.0, 0.94, 0.88, 0.82)
+SHRINK = (1.0, 0.92, 0.84)
 """Shares of a group's range that are tried: what lies outside is rounded to its ends, and all else is rounded finer."""
 
 
