@@ -10,7 +10,7 @@ import torch
 from airllm_nb import LayeredModel, plan
 from airllm_nb.bench.machine import BenchError
 from airllm_nb.bench.timing import plain, prompt_ids
-from airllm_nb.engine.model import TOKENIZER_FILES
+from airllm_nb.compat.tokenizer import TOKENIZER_FILES
 from airllm_nb.events import PassEnd
 
 TEXT = (

@@ -17,6 +17,8 @@ from airllm_nb.compat import versions
 from airllm_nb.compat.config import first_line
 from airllm_nb.errors import CheckpointError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
+"""A folder that has none of these has no tokenizer."""
 Step = dict[str, Any]
 """One JSON object: a step of a tokenizer.json, or a whole file."""
 READ_ENDS = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer"))

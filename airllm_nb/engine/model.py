@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from airllm_nb.compat import cache, longrope
-from airllm_nb.compat.tokenizer import load_tokenizer
+from airllm_nb.compat.tokenizer import TOKENIZER_FILES, load_tokenizer
 from airllm_nb.compat.versions import require_supported
 from airllm_nb.engine import context, hub, many, taps, threads, tracing
 from airllm_nb.engine.experts import ExpertStore
@@ -34,7 +34,6 @@ from airllm_nb.events import LayerInfo, Listener
 
 __all__ = ["LayeredModel", "plan"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 OWN = frozenset(("_hf", "_runtime", "_reader", "_skeleton", "_path", "_trust", "_tokenizer", "_streams", "_free", "progress"))
 
 
@@ -113,7 +112,8 @@ class LayeredModel:
         quantize : str, optional
             ``"int8"`` or ``"int4"`` keeps the linear layers' weights in so many bits, ``"int4-32"`` with groups of 32 instead
             of 64: other numbers, in less memory and faster on a CPU. They are written once to our cache, and read from there.
-            ``"int4+head"`` also keeps the head, in 8 bits.
+            ``"int4+head"`` also keeps the head, in 8 bits. ``"int4-gptq"`` rounds 4-bit weights so that their errors make up for
+            each other on a short text: nearer to the model as it is published, but writing them takes many times as long.
         progress : callable(event), optional
             Told of every event, see `airllm_nb.events`.
 
@@ -134,12 +134,12 @@ class LayeredModel:
             name, checkpoint, device=device, dtype=dtype, memory=memory, kernels=kernels, shared=shared,
             trust_remote_code=trust_remote_code, quantize=quantize,
         )  # fmt: skip
+        if decided.device.type == "cpu":
+            threads.apply()
         if packed is not None:
             packed.fill(progress)
             checkpoint = packed.joined()
             decided = replace(decided, quantized=str(packed), work=replace(decided.work, checkpoint=checkpoint))
-        if decided.device.type == "cpu":
-            threads.apply()
         reader = Reader(checkpoint)
         loaded = cls(skeleton, reader, decided, checkpoint.folder, trust_remote_code=trust_remote_code)
         try:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from airllm_nb.compat import versions
 from airllm_nb.compat.keys import Tensors
+from airllm_nb.engine import calibration, packed_key
 from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
 from airllm_nb.engine.head import PACKING
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
-from airllm_nb.engine.packed import Int4, Packing, layout
+from airllm_nb.engine.packed import Int4, Packing
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.rounding import nearest
@@ -32,13 +31,9 @@ from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
-VERSION = 1
-"""Counted up when the same weights would be packed in another way."""
-DIGITS = 16
 FOLDER = "quantized"
 ABOUT = "about.json"
 LOCK = ".lock"
-PAGE = 4096
 PIECES = 32 << 20
 """Bytes of the head that are packed at once."""
 TEMPORARY = ".part"
@@ -83,13 +78,16 @@ class PackedCache:
         What it is made from.
     name : str
         The model's short name.
+    trust_remote_code : bool
+        The user's own word that the tokenizer may be code from the checkpoint.
     """
 
-    def __init__(self, quantized: Quantized, checkpoint: Checkpoint, name: str) -> None:
+    def __init__(self, quantized: Quantized, checkpoint: Checkpoint, name: str, *, trust_remote_code: bool = False) -> None:
         self._quantized = quantized
         self._checkpoint = checkpoint
         self._name = name
-        key = _key(quantized, checkpoint)
+        self._trust = trust_remote_code
+        key = packed_key.key(quantized, checkpoint)
         self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
         self.files = (*layers, *self._head(key))
@@ -108,7 +106,11 @@ class PackedCache:
         missing = self.missing()
         folder = self.folder if self._checkpoint.states else self.folder.parent  # its name is known once the weights are here
         where = f"{format_size(self.nbytes)} in {folder}"
-        return f"{describe(self._quantized)}; {where}{', to be written first' if missing else ''}"
+        left = self._about().get("nearest", [])
+        unreached = (
+            f"; {len(left)} rounded to the nearest, as the calibration text does not reach them ({left[0]})" if left else ""
+        )
+        return f"{describe(self._quantized)}{unreached}; {where}{', to be written first' if missing else ''}"
 
     @property
     def nbytes(self) -> int:
@@ -161,25 +163,64 @@ class PackedCache:
         if shutil.disk_usage(self.folder).free < needed:
             raise self._refusal(os.strerror(errno.ENOSPC))
         about = {"model": self._name, "source": str(self._checkpoint.folder), "quantization": self._quantized.name}
-        (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        reader = Reader(self._checkpoint)
-        groups = GroupReader(self._checkpoint, reader)
+        self._write_about(self._about() | about)
+        text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
+        layers = self.skeleton.layers
+
+        def begin(index: int) -> None:
+            written = self.nbytes - sum(self.files[index].size for index in self.missing())
+            tell(Fetching(text, layers[index].group.name if index < len(layers) else "head", written, self.nbytes))
+
+        if isinstance(self._quantized.packing, Int4) and self._quantized.packing.rounding == "gptq":
+            self._calibrate({index for index in missing if index < len(layers)}, begin)
+            for index in self.missing():  # those that no text passes through, as of a vision tower
+                self._note_nearest(index, {})
+        self._write_nearest(begin)
+        tell(Fetching(text, "", self.nbytes, self.nbytes))
+
+    def _calibrate(self, missing: set[int], begin: Callable[[int], None]) -> None:
+        """Write the layers that are missing with compensated errors."""
+        if not missing:
+            return
+        ids = calibration.token_ids(self._checkpoint.folder, self.skeleton.model, trust_remote_code=self._trust)
+
+        def write(index: int, views: Tensors, packed: Tensors) -> None:
+            self._note_nearest(index, packed)
+            self._write(self.files[index], self._packed(index, views, packed))
+
+        calibration.Calibration(self._quantized, self.joined, missing, begin, write).run(ids)
+
+    def _write_nearest(self, begin: Callable[[int], None]) -> None:
+        """Write what is missing."""
+        missing = self.missing()
         sources = {index: self._source(index) for index in missing if index < len(self.skeleton.layers)}
         buffer = torch.empty(max((group.nbytes for group in sources.values()), default=0), dtype=torch.uint8, device="cpu")
-        text = f"Quantizing {self._name} to {self._quantized.name}, once: {format_size(self.nbytes)} in {self.folder}"
-        written = self.nbytes - needed
-        try:
+        with contextlib.closing(Reader(self._checkpoint)) as reader:
+            groups = GroupReader(self._checkpoint, reader)
             for index in missing:
-                tell(Fetching(text, sources[index].name if index in sources else "head", written, self.nbytes))
+                begin(index)
                 if index in sources:
                     groups.fill(sources[index], buffer, keep_cached=False)
-                    self._write(self.files[index], self._packed(index, sources[index].views(buffer)))
+                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}))
                 else:
                     self._write(self.files[index], self._packed_head(groups))
-                written += self.files[index].size
-        finally:
-            reader.close()
-        tell(Fetching(text, "", written, self.nbytes))
+
+    def _about(self) -> dict[str, Any]:
+        try:
+            about = json.loads((self.folder / ABOUT).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    def _write_about(self, about: dict[str, Any]) -> None:
+        (self.folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def _note_nearest(self, index: int, packed: Tensors) -> None:
+        """Note which weights of a layer do not get compensated errors."""
+        layers, about = self.skeleton.layers, self._about()
+        weights = stored_weights(layers[index].group, self._quantized.packing) if index < len(layers) else []
+        if names := {weight.name for weight in weights if weight.meant} - packed.keys():
+            self._write_about(about | {"nearest": sorted(names.union(about.get("nearest", [])))})
 
     def _source(self, index: int) -> WeightGroup:
         """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
@@ -187,10 +228,13 @@ class PackedCache:
         group = self._quantized.original.layers[index].group
         return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
 
-    def _packed(self, index: int, views: Tensors) -> Iterator[torch.Tensor]:
-        """Return the tensors of a layer's file, in their order."""
+    def _packed(self, index: int, views: Tensors, packed: Tensors) -> Iterator[torch.Tensor]:
+        """Return the tensors of a layer's file, in their order; what is packed already need not be."""
         for weight in stored_weights(self.skeleton.layers[index].group, self._quantized.packing):
-            yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
+            view = views[weight.name]
+            if weight.meant:
+                view = packed[weight.name] if weight.name in packed else _packed(view, weight)
+            yield view
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
         """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
@@ -236,7 +280,7 @@ class PackedCache:
 
     def _file(self, what: str, tensors: dict[str, Weight], key: str) -> LayerFile:
         path = self.folder / f"{what}.safetensors"
-        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(VERSION), "model": key}}
+        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(packed_key.VERSION), "model": key}}
         begin = 0
         for name, weight in tensors.items():
             end = begin + weight.nbytes
@@ -279,33 +323,3 @@ def _alone(folder: Path, tell: Listener) -> Iterator[None]:
         yield
     finally:
         lock.release()  # also if an interrupt came right after it was taken
-
-
-def _key(quantized: Quantized, checkpoint: Checkpoint) -> str:
-    """Return what tells the packed layers of one model from all others.
-
-    The checkpoint's own tensors, the state of its files and a page from the middle of each tensor, the model's weights as the
-    installed transformers names them and makes them, and how this CPU's kernel wants them. (From headers alone, a plan cannot
-    know it all.)
-    """
-    wants = layout() if isinstance(quantized.packing, Int4) else ""
-    digest = hashlib.sha256(f"{VERSION} {quantized.packing} {wants} {platform.machine()}".encode())
-    digest.update((checkpoint.folder / "config.json").read_bytes())
-    for path, state in sorted(checkpoint.states.items()):
-        digest.update(f"{path.name} {state.size} {state.mtime_ns} {state.ctime_ns} {state.inode}".encode())
-    for entry in checkpoint.values():
-        digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.offset}".encode())
-    for layer in quantized.original.layers:
-        for recipe in layer.group.recipes:
-            by = versions.installed_text() if recipe.convert else ""
-            digest.update(f"{recipe.sources} {[*recipe.targets]} {by}".encode())
-    for layer in quantized.skeleton.layers:
-        for weight in layer.group.weights.values():
-            digest.update(f"{weight.name} {weight.dtype} {weight.shape} {weight.meant and weight.meant.dtype}".encode())
-    if checkpoint.states:
-        with contextlib.closing(Reader(checkpoint)) as reader:
-            for entry in checkpoint.values():
-                page = memoryview(bytearray(min(PAGE, entry.nbytes)))
-                reader.read(entry.file, entry.offset + (entry.nbytes - len(page)) // 2, page, keep_cached=True)
-                digest.update(page)
-    return digest.hexdigest()[:DIGITS]

@@ -108,7 +108,8 @@ def prepare(
     skeleton = build(checkpoint.folder, checkpoint, number, chosen, trust_remote_code=trust_remote_code)
     published, packed = checkpoint.nbytes, None
     if packing is not None:
-        packed = PackedCache(quantized(skeleton, packing, head=head), checkpoint, name)
+        small = quantized(skeleton, packing, head=head)
+        packed = PackedCache(small, checkpoint, name, trust_remote_code=trust_remote_code)
         packed.require_shareable(shared)
         skeleton, checkpoint = packed.skeleton, packed.joined()
         require_shareable(checkpoint, chosen, shared)

@@ -67,6 +67,8 @@ def asked(quantize: str) -> tuple[Packing, bool]:
 def packing_of(name: str) -> Packing:
     """Return the packing that a user names: ``"int8"``, ``"int4"`` (groups of 64 weights), or ``"int4-32"`` and so on.
 
+    With ``-gptq`` at its end, 4-bit weights are rounded with compensated errors.
+
     Raises
     ------
     AirLLMError
@@ -74,14 +76,14 @@ def packing_of(name: str) -> Packing:
     """
     if name == "int8":
         return Int8()
-    if found := re.fullmatch(r"int4(?:-(\d{1,4}))?", str(name)):
+    if found := re.fullmatch(r"int4(?:-(\d{1,4}))?(-gptq)?", str(name)):
         group = int(found[1] or 64)
         if group in GROUPS:
-            return Int4(group)
+            return Int4(group, "gptq" if found[2] else "nearest")
     groups = ", ".join(f"int4-{group}" for group in GROUPS)
     raise AirLLMError(
         f"There is no quantization {name!r}.",
-        f'Use "int8", "int4", or with groups of another size: {groups}; "int4{HEAD}" also packs the head.',
+        f'Use "int8", "int4", or with groups of another size: {groups}; "int4-gptq" rounds better, "int4{HEAD}" packs the head.',
     )
 
 

@@ -76,7 +76,7 @@ def _values(option: str) -> list[str]:
     if option == "--dtype":
         return ["auto", "float32", "bfloat16", "float16"]
     if option == "--quantize":
-        return ["int8", "int4", "int8+head", "int4+head"]
+        return ["int8", "int4", "int4-gptq", "int8+head", "int4+head"]
     return []
 
 

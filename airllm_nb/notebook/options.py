@@ -161,7 +161,8 @@ VERBS: dict[str, Parser] = {
 }
 for _verb in ("load", "plan"):
     VERBS[_verb].option("--quantize", metavar="BITS", help="int8 or int4: the layers' weights in so many bits; less memory, and "
-                        "faster on a CPU, but other numbers (int4-32: in groups of 32; int4+head: the head in 8)")  # fmt: skip
+                        "faster on a CPU, but other numbers (int4-32: in groups of 32; int4-gptq: better rounded, which takes "
+                        "long, once; int4+head: the head in 8)")  # fmt: skip
     VERBS[_verb].option("--kernels", choices=("exact", "measured"), default="exact",
                         help="measured: one row by this CPU's fastest kernel; last bits are not transformers' own")  # fmt: skip
 WORDS = {"load": " MODEL", "map": " PROMPTS", "plan": " MODEL", "doctor": " [MODEL]", "bench": " [ROW ...]"}

@@ -32,11 +32,14 @@ def test_packed_numbers_are_the_nearest_of_their_grid(packing, shape):
     assert packed.dtype == torch.uint8
     assert packed.numel() == packing.nbytes(shape)
     dense = packing.dense(packed, shape, torch.float32)
-    groups = weight.view(shape[0], -1, packing.group if isinstance(packing, Int4) else shape[1])
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    step = (high - low) / 15 if isinstance(packing, Int4) else torch.maximum(high, -low) / 127
-    # Half a step, and what scale and zero lose in bfloat16.
-    assert ((dense.view_as(groups) - groups).abs() <= step * 0.5 + groups.abs().amax(-1, keepdim=True) / 128).all()
+    if isinstance(packing, Int4):
+        scales, zeros = packing._scales(packed, shape).float().permute(2, 1, 0).unsqueeze(-1)
+        levels = torch.arange(-8, 8) * scales + zeros
+    else:
+        levels = torch.arange(-127, 128) * packing.parts(packed, shape)[1].float()[:, None, None]
+    numbers = weight.view(*levels.shape[:2], -1)
+    least = (numbers.unsqueeze(-1) - levels.unsqueeze(-2)).abs().amin(dim=-1)
+    assert ((dense.view_as(numbers) - numbers).abs() - least).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
