@@ -16,10 +16,12 @@ import torch
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import gguf_files
 from airllm_nb.compat.gguf_exact import require_exact
+from airllm_nb.engine import gguf_grid
 from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
 from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
+from airllm_nb.engine.packed import Packing
 from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
@@ -90,6 +92,14 @@ class Unpack:
         self._kind = kind
         self._order = order
         self._change = change
+
+    def lies_on(self, packing: Packing) -> bool:
+        """Tell whether the weight need not be rounded to be packed so."""
+        return gguf_grid.lies_on(self._kind, packing)
+
+    def repack(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the packed weight of a tensor's bytes, with the codes that it has."""
+        return gguf_grid.repack(raw, self._kind, shape, self._order)
 
     def __call__(self, raw: torch.Tensor, into: torch.Tensor) -> None:
         """Unpack `raw`, uint8 and flat, into a tensor of the parameter's shape and any floating dtype."""

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.packed import Int4, Packing, layout
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
+from airllm_nb.engine.repack import on_grid, repacked
 from airllm_nb.engine.rounding import nearest
 from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
@@ -32,7 +33,7 @@ from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
-VERSION = 1
+VERSION = 2
 """Counted up when the same weights would be packed in another way."""
 DIGITS = 16
 FOLDER = "quantized"
@@ -173,7 +174,7 @@ class PackedCache:
                 tell(Fetching(text, sources[index].name if index in sources else "head", written, self.nbytes))
                 if index in sources:
                     groups.fill(sources[index], buffer, keep_cached=False)
-                    self._write(self.files[index], self._packed(index, sources[index].views(buffer)))
+                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), reader))
                 else:
                     self._write(self.files[index], self._packed_head(groups))
                 written += self.files[index].size
@@ -182,15 +183,26 @@ class PackedCache:
         tell(Fetching(text, "", written, self.nbytes))
 
     def _source(self, index: int) -> WeightGroup:
-        """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
+        """Return what a layer's file is made from: not what stays in the checkpoint, nor what is on its grid already."""
         own = self._quantized.skeleton.layers[index].group
         group = self._quantized.original.layers[index].group
-        return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
+        made = {weight.name for weight in stored_weights(own, self._quantized.packing)} - self._on_grid(index).keys()
+        return group.without(group.weights.keys() - made)
 
-    def _packed(self, index: int, views: Tensors) -> Iterator[torch.Tensor]:
+    def _on_grid(self, index: int) -> dict[str, TensorEntry]:
+        """Return where those of a layer's packed weights lie that need not be rounded."""
+        meant = {weight.name for weight in self.skeleton.layers[index].group.weights.values() if weight.meant}
+        found = on_grid(self._checkpoint, self._quantized.original.layers[index].group, self._quantized.packing)
+        return {name: entry for name, entry in found.items() if name in meant}
+
+    def _packed(self, index: int, views: Tensors, reader: Reader) -> Iterator[torch.Tensor]:
         """Return the tensors of a layer's file, in their order."""
+        packed = self._on_grid(index)
         for weight in stored_weights(self.skeleton.layers[index].group, self._quantized.packing):
-            yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
+            if weight.name in packed:
+                yield _finite(repacked, packed[weight.name], reader, name=weight.name)
+            else:
+                yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
         """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
@@ -260,8 +272,12 @@ def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _nearest(tensor: torch.Tensor, packing: Packing, name: str) -> torch.Tensor:
+    return _finite(nearest, tensor, packing, name=name)
+
+
+def _finite(pack: Callable[..., torch.Tensor], *weight: object, name: str) -> torch.Tensor:
     try:
-        return nearest(tensor, packing)
+        return pack(*weight)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be quantized: {error}.", "Load the model without quantize.") from error
 
