@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
-from airllm_nb.engine.packed import Packing
+from airllm_nb.engine.packed import Int4, Packing
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.weights import WeightGroup, as_bytes
 
@@ -32,6 +33,18 @@ def on_grid(checkpoint: Checkpoint, group: WeightGroup, packing: Packing) -> dic
             if isinstance(entry.unpack, Repack) and entry.unpack.lies_on(packing):
                 found[next(iter(recipe.targets))] = entry
     return found
+
+
+def hint(checkpoint: Checkpoint) -> str:
+    """Say how a model would stream faster whose layers are unpacked each time they are read; empty if they are not."""
+    packed = [
+        entry for entry in checkpoint.values() if isinstance(entry.unpack, Repack) and entry.nbytes < 2 * math.prod(entry.shape)
+    ]  # not vectors and the like, in 16 or 32 bits
+    kept = sum(entry.nbytes for entry in packed if isinstance(entry.unpack, Repack) and entry.unpack.lies_on(Int4(32)))
+    name = "int4-32" if 2 * kept > sum(entry.nbytes for entry in packed) else "int8"
+    if not packed:
+        return ""
+    return f'each read unpacks a layer; --quantize {name} (quantize="{name}") writes the layers once so that they need not be'
 
 
 def repacked(entry: TensorEntry, reader: Reader) -> torch.Tensor:
