@@ -31,6 +31,7 @@ def make_gguf(
     tied: bool = False,
     width: int = WIDTH,
     inner: int = INNER,
+    head: int | None = None,
     kinds: Mapping[str, str] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -46,12 +47,15 @@ def make_gguf(
         Whether the head is the embedding.
     width, inner : int
         Numbers in a row.
+    head : int, optional
+        Numbers of a head, if not `width` over their number.
     kinds : dict of str to str, optional
         For tensors in whose name a word occurs another kind.
     fields : dict of str to str, int or float, optional
         What else the file says.
     """
-    head = 128 if architecture == "qwen3" else width // HEADS  # transformers takes its default there, whatever the file says
+    # Of Qwen3 transformers takes its default, whatever the file says.
+    head = 128 if architecture == "qwen3" else head or width // HEADS
     config = transformers.AutoConfig.for_model(
         TYPES.get(architecture, architecture), vocab_size=WORDS, hidden_size=width, intermediate_size=inner,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=128,

@@ -16,8 +16,9 @@ import torch
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import gguf_files
 from airllm_nb.compat.gguf_exact import require_exact
-from airllm_nb.engine import gguf_grid
+from airllm_nb.engine import gguf_blocks, gguf_grid
 from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
+from airllm_nb.engine.conversion import convert
 from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
@@ -27,8 +28,8 @@ from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 FOLDER = "gguf"
 DIGITS = 12
-PIECE = 1 << 20
-"""Numbers that are unpacked at once: between them lie several copies."""
+PIECE = 1 << 18
+"""Numbers that are unpacked at once: between them lie several copies, which should stay in the processor's cache."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -103,10 +104,8 @@ class Unpack:
 
     def __call__(self, raw: torch.Tensor, into: torch.Tensor) -> None:
         """Unpack `raw`, uint8 and flat, into a tensor of the parameter's shape and any floating dtype."""
-        from gguf.quants import dequantize
-
         if into.dim() == 1:
-            numbers = torch.from_numpy(np.ascontiguousarray(dequantize(raw.numpy(), self._kind))).view(into.shape)
+            numbers = torch.from_numpy(self._numbers(raw))
             into.copy_(self._change(numbers) if self._change else numbers)
             return
         rows = raw.view(into.shape[0], -1)
@@ -115,7 +114,15 @@ class Unpack:
             part = rows[begin : begin + step]
             if self._order is not None:
                 part = rows[self._order[begin : begin + step]]
-            into[begin : begin + step].copy_(torch.from_numpy(dequantize(part.numpy(), self._kind)).view(len(part), -1))
+            convert(torch.from_numpy(self._numbers(part)), into[begin : begin + step].view(-1))
+
+    def _numbers(self, raw: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Return what bytes mean, float32 and flat."""
+        if self._kind.name in gguf_blocks.BYTES:
+            return gguf_blocks.unpack(raw.numpy(), self._kind.name)
+        from gguf.quants import dequantize
+
+        return np.ascontiguousarray(dequantize(raw.numpy(), self._kind)).reshape(-1)
 
 
 def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorEntry:

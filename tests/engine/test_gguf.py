@@ -85,6 +85,22 @@ def test_several_quantizations_in_one_file(tmp_path, architecture, tied):
             assert torch.equal(model(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("head", [None, 32], ids=["as wide", "wider heads"])  # as Mistral Nemo has them
+def test_mistral_by_the_name_of_llama(tmp_path, head):
+    fields = {"general.name": "Mistral 7B Instruct v0.3", "llama.context_length": 32768, "llama.rope.freq_base": 1e6}
+    path = make_gguf(tmp_path / "mistral.gguf", "llama", "Q4_0", fields=fields, head=head)
+    as_llama = reference(path)
+    config = transformers.MistralConfig(
+        **{**as_llama.config.to_dict(), "model_type": "mistral", "architectures": None}, sliding_window=None
+    )
+    as_mistral = transformers.MistralForCausalLM(config).eval()
+    as_mistral.load_state_dict(as_llama.state_dict())
+    with torch.no_grad(), load(path) as model:
+        assert type(model.model) is transformers.LlamaForCausalLM
+        assert torch.equal(model(IDS).logits, as_llama(IDS).logits)
+        assert torch.equal(model(IDS).logits, as_mistral(IDS).logits)
+
+
 def test_in_bfloat16_as_transformers_rounds_it(tmp_path):
     path = make_gguf(tmp_path / "llama.gguf", "llama", "Q4_0")
     expected = reference(path, torch.bfloat16)
