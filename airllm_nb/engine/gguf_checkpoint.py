@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class GGUFCheckpoint(Checkpoint):
     ----------
     path : Path
         The file. Its folder's ``config.json`` and tokenizer are written to our cache, and `folder` is where.
+    here : bool
+        False for planning with a file that has only its header.
 
     Raises
     ------
@@ -47,13 +50,13 @@ class GGUFCheckpoint(Checkpoint):
         If the file is damaged, its architecture is unknown, or the package ``gguf`` is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, here: bool = True) -> None:
         gguf_files.require_supported()
         state = FileState.of(path.stat())
         header = _read(path)
         require_exact(path.name, header.architecture, header.fields)
         self.folder = _small_files(path, state)
-        self.states = {path: state}
+        self.states = {path: state} if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
         model = empty_model(config, torch.float32, self.folder, trust_remote_code=False)
@@ -140,7 +143,7 @@ def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorE
 
 def _read(path: Path) -> Header:
     with reading(path), io.BufferedReader(opened(path)) as file:
-        return read_header(file, path.name)
+        return read_header(file, path.name, os.fstat(file.fileno()).st_size)
 
 
 def _small_files(path: Path, state: FileState) -> Path:
@@ -165,6 +168,6 @@ def _small_files(path: Path, state: FileState) -> Path:
     return folder
 
 
-def open_checkpoint(path: Path, headers: object = None) -> Checkpoint:
-    """Return the checkpoint of a folder, or of a GGUF file."""
-    return GGUFCheckpoint(path) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)  # type: ignore[arg-type]
+def open_checkpoint(path: Path, headers: Mapping[str, tuple[int, bytes]] | None = None) -> Checkpoint:
+    """Return the checkpoint of a folder, or of a GGUF file; `headers` are for planning, as `hub.locate_headers` returns them."""
+    return GGUFCheckpoint(path, here=headers is None) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)

@@ -29,6 +29,10 @@ MOST_DIMENSIONS = 4
 Value = str | int | float | None
 
 
+class HeaderEndsError(CheckpointError):
+    """There is less of a header than it says."""
+
+
 @dataclass(frozen=True)
 class GGUFTensor:
     """Where one tensor lies: `nbytes` bytes from `offset` of the file, quantized as `kind`, a ``gguf.GGMLQuantizationType``."""
@@ -53,7 +57,7 @@ class Header:
         return str(self.fields.get("general.architecture"))
 
 
-def read_header(file: BinaryIO, name: str) -> Header:
+def read_header(file: BinaryIO, name: str, size: int) -> Header:
     """Read the header of a GGUF file.
 
     Parameters
@@ -62,6 +66,8 @@ def read_header(file: BinaryIO, name: str) -> Header:
         At its beginning.
     name : str
         How errors call it.
+    size : int
+        Bytes of the whole file, of which there may be less here.
 
     Raises
     ------
@@ -70,14 +76,14 @@ def read_header(file: BinaryIO, name: str) -> Header:
     UnsupportedError
         If a tensor is quantized in a way that the installed ``gguf`` does not unpack.
     """
-    return _Parser(file, name).header()
+    return _Parser(file, name, size).header()
 
 
 class _Parser:
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
         self._file = file
         self._name = name
-        self._size = os.fstat(file.fileno()).st_size
+        self._size = size
 
     def header(self) -> Header:
         if self._file.read(4) != MAGIC:
@@ -181,7 +187,7 @@ class _Parser:
         self._file.seek(count, os.SEEK_CUR)
 
     def _truncated(self) -> CheckpointError:
-        return CheckpointError(f"{self._name} is truncated: it ends within its header.", AGAIN)
+        return HeaderEndsError(f"{self._name} is truncated: it ends within its header.", AGAIN)
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self._name} is damaged: {why}.", AGAIN)
