@@ -14,7 +14,8 @@ from airllm_nb.compat.config import first_line, quiet
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 SINCE = (5, 23)
-"""Older versions need other packages and have other names; they were not compared."""
+"""4.57.6 and 5.0.0 find the same weights (Gemma 2: but for last bits), but other tokenizers: of a real file and of each tiny one
+they begin every text with a token, or with none, where this version does not, take another end, or ask for more packages."""
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
 """Compared with transformers' own loading, in `tests/engine/test_gguf.py`. Others may store heads or norms in another way."""
 

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from airllm_nb.compat import gguf_files
-from airllm_nb.compat.gguf_exact import require_exact
 from airllm_nb.engine import hub
 from airllm_nb.engine.download import hub_file
-from airllm_nb.engine.gguf_header import Header, HeaderEndsError, read_header
+from airllm_nb.engine.gguf_header import HeaderEndsError, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.errors import AirLLMError, CheckpointError
 from airllm_nb.events import Listener
@@ -49,7 +47,7 @@ def locate(name: str, revision: str | None, token: str | bool | None, progress: 
     HubError
         If it cannot be fetched.
     """
-    gguf_files.require_supported()
+    _require_supported()
     repo, file = _split(name)
     with hub.explained(repo, revision):
         try:
@@ -73,7 +71,7 @@ def locate_header(name: str, revision: str | None, token: str | bool | None) -> 
     Parameters, errors
         As for `locate`.
     """
-    gguf_files.require_supported()
+    _require_supported()
     repo, file = _split(name)
     with hub.explained(repo, revision):
         try:
@@ -88,7 +86,7 @@ def locate_header(name: str, revision: str | None, token: str | bool | None) -> 
         key = hashlib.sha256(f"{repo} {info.sha}".encode()).hexdigest()[:DIGITS]
         path = cache_home() / FOLDER / f"header-{key}" / file
         if not path.is_file():
-            size, raw, _ = _header(repo, file, info.sha, token)
+            size, raw = _header(repo, file, info.sha, token)
             _write(path, size, raw)
     return path, {}
 
@@ -104,6 +102,12 @@ def several(repo: str, listed: Iterable[str]) -> AirLLMError:
         f'"{repo}" holds GGUF files only: {", ".join(names[:SHOWN])}{more}.',
         f"Name one: %airllm load {repo}/{(usual or names)[0]}",
     )
+
+
+def _require_supported() -> None:
+    from airllm_nb.compat import gguf_files  # and so PyTorch and transformers, which a refusal by name need not wait for
+
+    gguf_files.require_supported()
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -127,8 +131,8 @@ def _cached(repo: str, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tuple[int, bytes, Header]:
-    """Return the size of a file, its first bytes, and what they say; refuse what would be fetched in vain."""
+def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tuple[int, bytes]:
+    """Return the size of a file, and its first bytes with the whole header; refuse what would be fetched in vain."""
     size, raw = hub.read_range(repo, file, commit, token, 0, FIRST_READ)
     while True:
         try:
@@ -138,8 +142,10 @@ def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tupl
             if len(raw) >= min(size, hub.MAX_HEADER):
                 raise
         raw += hub.read_range(repo, file, commit, token, len(raw), 2 * len(raw))[1]
+    from airllm_nb.compat.gguf_exact import require_exact
+
     require_exact(file, header.architecture, header.fields)
-    return size, raw, header
+    return size, raw
 
 
 def _write(path: Path, size: int, raw: bytes) -> None:
