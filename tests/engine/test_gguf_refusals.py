@@ -9,6 +9,7 @@ from tiny_gguf import WIDE, make_gguf
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import gguf_files, versions
+from airllm_nb.compat.gguf_exact import require_exact
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
@@ -173,3 +174,13 @@ def test_stacks_of_matrices(tmp_path):
     assert raw[at : at + 4] == struct.pack("<I", 2)
     path.write_bytes(raw[:at] + struct.pack("<I", 5) + raw[at + 4 :])
     assert refusal(path, CheckpointError) == "llama.gguf is damaged: blk.1.ffn_up.weight has 5 dimensions."
+
+
+@pytest.mark.parametrize(("base", "context", "refused"), [(1e4, 32768, True), (1e6, 32768, False), (1e4, 4096, False)])
+def test_a_relative_of_mistral_is_known_by_its_shape(base, context, refused):
+    """Zephyr, for one: a model of another name, tuned from the version with the window."""
+    fields = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8, "attention.head_count": 32,
+              "rope.freq_base": base, "context_length": context}  # fmt: skip
+    said = {"general.name": "zephyr"} | {f"llama.{key}": value for key, value in fields.items()}
+    with pytest.raises(UnsupportedError, match="a sliding window of 4096") if refused else contextlib.nullcontext():
+        require_exact("zephyr.gguf", "llama", said)
