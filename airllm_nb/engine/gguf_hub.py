@@ -150,10 +150,16 @@ def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tupl
 
 def _write(path: Path, size: int, raw: bytes) -> None:
     """Write a file of a size that has only its beginning, and takes no more room than that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".header-", dir=path.parent) as temporary:
-        whole = Path(temporary) / path.name
-        with whole.open("wb") as file:
-            file.write(raw)
-            file.truncate(size)
-        os.replace(whole, path)  # noqa: PTH105
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".header-", dir=path.parent) as temporary:
+            whole = Path(temporary) / path.name
+            with whole.open("wb") as file:
+                file.write(raw)
+                file.truncate(size)
+            os.replace(whole, path)  # noqa: PTH105
+    except OSError as error:
+        raise AirLLMError(
+            f"The header of {path.name} cannot be written to {path.parent}: {error.strerror or error}.",
+            "Set AIRLLM_NB_HOME to a folder that you can write to.",
+        ) from error

@@ -137,6 +137,14 @@ def test_what_is_not_there(hub, run, tmp_path):
     assert deep["cause"] == 'There is no file "org/name/folder/model.gguf".'
 
 
+@pytest.mark.usefixtures("repo")
+def test_a_header_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    (refused,) = run(("plan", "org/name/tiny-Q8_0.gguf"), AIRLLM_NB_HOME=str(tmp_path / "file" / "home"))
+    assert refused["cause"].startswith("The header of tiny-Q8_0.gguf cannot be written to ")
+    assert "AIRLLM_NB_HOME" in refused["remedy"]
+
+
 def test_what_is_refused_is_not_downloaded(hub, run, repo):
     (repo / "cut.gguf").write_bytes((repo / "tiny-Q8_0.gguf").read_bytes()[:-5000])
     (repo / "foreign.gguf").write_bytes(b"x" * 100_000)
