@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 import transformers
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
-LAYERS, WIDTH, INNER, HEADS, KV_HEADS, WORDS = 3, 64, 128, 4, 2, 300
-CONFIG = {
-    "vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128, "pad_token_id": 0,
-}  # fmt: skip
+LAYERS, HEADS, KV_HEADS, WORDS = 3, 4, 2, 300
+WIDTH, INNER = 64, 128
+WIDE = 256
+"""Numbers in a row for all quantizations: K-quants and others have blocks of 256."""
 TYPES = {"gemma3": "gemma3_text"}
 SENTENCEPIECE = ("gemma2", "gemma3", "phi3")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+CANDIDATES = 4096
 
 
-def make_gguf(path: Path, architecture: str, kind: str = "Q8_0", *, extra: str | None = None, tied: bool = False) -> Path:
-    """Write a file whose matrices are quantized as `kind`; with a tensor named `extra` that belongs nowhere."""
-    width = 128 if architecture == "qwen3" else WIDTH // HEADS  # transformers takes its default there, whatever the file says
+def make_gguf(
+    path: Path,
+    architecture: str,
+    kind: str = "Q8_0",
+    *,
+    extra: str | None = None,
+    tied: bool = False,
+    width: int = WIDTH,
+    inner: int = INNER,
+    head: int | None = None,
+    kinds: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a file whose matrices are quantized as `kind`.
+
+    Parameters
+    ----------
+    path, architecture, kind
+        Where, and of what.
+    extra : str, optional
+        The name of a tensor that belongs nowhere.
+    tied : bool
+        Whether the head is the embedding.
+    width, inner : int
+        Numbers in a row.
+    head : int, optional
+        Numbers of a head, if not `width` over their number.
+    kinds : dict of str to str, optional
+        For tensors in whose name a word occurs another kind.
+    fields : dict of str to str, int or float, optional
+        What else the file says.
+    """
+    # Of Qwen3 transformers takes its default, whatever the file says.
+    head = 128 if architecture == "qwen3" else head or width // HEADS
     config = transformers.AutoConfig.for_model(
-        TYPES.get(architecture, architecture), **CONFIG, head_dim=width, tie_word_embeddings=tied
-    )
+        TYPES.get(architecture, architecture), vocab_size=WORDS, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=128,
+        pad_token_id=0, head_dim=head, tie_word_embeddings=tied,
+    )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, LAYERS)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
+    writer.add_embedding_length(width)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(head)
     writer.add_vocab_size(WORDS)
+    for name, value in (fields or {}).items():
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     _add_tokenizer(writer, architecture)
     rng = np.random.default_rng(0)
     for name, tensor in model.state_dict().items():
@@ -50,9 +87,10 @@ def make_gguf(path: Path, architecture: str, kind: str = "Q8_0", *, extra: str |
         if stem == "lm_head" and (tied or names.get_name(stem) is None):
             continue
         weight = rng.standard_normal(tuple(tensor.shape)).astype(np.float32) * 0.2
-        _add(writer, f"{names.get_name(stem)}.{suffix}", weight, kind)
+        own = f"{names.get_name(stem)}.{suffix}"
+        _add(writer, own, weight, next((other for word, other in (kinds or {}).items() if word in own), kind))
     if extra:
-        _add(writer, extra, rng.standard_normal(WIDTH).astype(np.float32), kind)
+        _add(writer, extra, rng.standard_normal(width).astype(np.float32), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -60,12 +98,40 @@ def make_gguf(path: Path, architecture: str, kind: str = "Q8_0", *, extra: str |
     return path
 
 
+def unpackable() -> list[str]:
+    """Return the names of all quantizations that the package ``gguf`` turns into numbers."""
+    found = []
+    for kind, (_, nbytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            dequantize(np.zeros((1, nbytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind.name)
+    return found
+
+
 def _add(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: str) -> None:
     if weight.ndim == 1 or kind == "F32":
         writer.add_tensor(name, weight)
-    else:
-        number = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, quantize(weight, number), raw_dtype=number)
+        return
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        packed = quantize(weight, number)
+    except NotImplementedError:
+        packed = _random_blocks(weight.shape, number)
+    writer.add_tensor(name, packed, raw_dtype=number)
+
+
+def _random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return bytes that mean weights of a usual size: of those made at random, the blocks that do."""
+    rng = np.random.default_rng(int(kind))
+    numbers, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    candidates = rng.integers(0, 256, (CANDIDATES, nbytes), np.uint8)
+    with np.errstate(all="ignore"):
+        largest = np.abs(dequantize(candidates, kind)).max(axis=-1)
+    good = candidates[(largest > 0.1) & (largest < 1)]  # not where it is no number
+    assert len(good) > 10
+    return good[rng.integers(0, len(good), shape[0] * shape[1] // numbers)].reshape(shape[0], -1)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, architecture: str) -> None:

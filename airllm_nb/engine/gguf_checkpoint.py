@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,21 @@ import torch
 
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import gguf_files
-from airllm_nb.compat.config import first_line
+from airllm_nb.compat.gguf_exact import require_exact
+from airllm_nb.engine import gguf_blocks, gguf_grid
 from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
+from airllm_nb.engine.conversion import convert
+from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
-from airllm_nb.engine.readable import AGAIN
+from airllm_nb.engine.packed import Packing
+from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 FOLDER = "gguf"
 DIGITS = 12
-PIECE = 1 << 20
-"""Numbers that are unpacked at once: between them lie several copies."""
+PIECE = 1 << 18
+"""Numbers that are unpacked at once: between them lie several copies, which should stay in the processor's cache."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -35,6 +41,8 @@ class GGUFCheckpoint(Checkpoint):
     ----------
     path : Path
         The file. Its folder's ``config.json`` and tokenizer are written to our cache, and `folder` is where.
+    here : bool
+        False for planning with a file that has only its header.
 
     Raises
     ------
@@ -42,24 +50,27 @@ class GGUFCheckpoint(Checkpoint):
         If the file is damaged, its architecture is unknown, or the package ``gguf`` is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, here: bool = True) -> None:
         gguf_files.require_supported()
         state = FileState.of(path.stat())
-        tensors, architecture = _read(path, state.size)
+        header = _read(path)
+        require_exact(path.name, header.architecture, header.fields)
         self.folder = _small_files(path, state)
-        self.states = {path: state}
+        self.states = {path: state} if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
         model = empty_model(config, torch.float32, self.folder, trust_remote_code=False)
-        names, processor = gguf_files.parameters(model, architecture), gguf_files.processor(model, architecture)
-        for tensor in tensors:
-            if (
-                tensor.name not in names
-            ):  # transformers drops it without a word: llama3's factors of the rotary embedding, for one
+        names, processor = gguf_files.parameters(model, header.architecture), gguf_files.processor(model, header.architecture)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        for tensor in header.tensors:
+            if tensor.name not in names:
+                # transformers drops it without a word: llama3's factors of the rotary embedding, for one
                 raise UnsupportedError(
                     f"{path.name} holds {tensor.name}, which transformers does not read from GGUF files.",
                     "Use the model's safetensors files.",
                 )
+            if tensor.shape != (shape := shapes[names[tensor.name]]):
+                raise CheckpointError(f"{path.name} holds {tensor.name} with shape {tensor.shape}, not {shape}.", AGAIN)
             self._entries[names[tensor.name]] = _entry(names[tensor.name], tensor, path, processor)
 
     @property
@@ -86,12 +97,18 @@ class Unpack:
         self._order = order
         self._change = change
 
+    def lies_on(self, packing: Packing) -> bool:
+        """Tell whether the weight need not be rounded to be packed so."""
+        return gguf_grid.lies_on(self._kind, packing)
+
+    def repack(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the packed weight of a tensor's bytes, with the codes that it has."""
+        return gguf_grid.repack(raw, self._kind, shape, self._order)
+
     def __call__(self, raw: torch.Tensor, into: torch.Tensor) -> None:
         """Unpack `raw`, uint8 and flat, into a tensor of the parameter's shape and any floating dtype."""
-        from gguf.quants import dequantize
-
         if into.dim() == 1:
-            numbers = torch.from_numpy(np.ascontiguousarray(dequantize(raw.numpy(), self._kind))).view(into.shape)
+            numbers = torch.from_numpy(self._numbers(raw))
             into.copy_(self._change(numbers) if self._change else numbers)
             return
         rows = raw.view(into.shape[0], -1)
@@ -100,42 +117,33 @@ class Unpack:
             part = rows[begin : begin + step]
             if self._order is not None:
                 part = rows[self._order[begin : begin + step]]
-            into[begin : begin + step].copy_(torch.from_numpy(dequantize(part.numpy(), self._kind)).view(len(part), -1))
+            convert(torch.from_numpy(self._numbers(part)), into[begin : begin + step].view(-1))
+
+    def _numbers(self, raw: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Return what bytes mean, float32 and flat."""
+        if self._kind.name in gguf_blocks.BYTES:
+            return gguf_blocks.unpack(raw.numpy(), self._kind.name)
+        from gguf.quants import dequantize
+
+        return np.ascontiguousarray(dequantize(raw.numpy(), self._kind)).reshape(-1)
 
 
-def _entry(name: str, tensor: Any, path: Path, processor: Any) -> TensorEntry:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    kind = tensor.tensor_type
-    offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorEntry:
+    shape, place = tensor.shape, (path, tensor.offset, tensor.nbytes)
     if len(shape) > 2:  # noqa: PLR2004  # stacks of experts
         raise UnsupportedError(
             f"{path.name} holds {tensor.name}, a stack of matrices, which is not read yet.", "Use the model's safetensors files."
         )
     order = gguf_files.order_of_rows(processor, tensor.name, shape[0]) if len(shape) > 1 else None
     change = gguf_files.change_of_vector(processor, tensor.name) if len(shape) == 1 else None
-    if kind.name in PLAIN and order is None and change is None:
-        return TensorEntry(name, PLAIN[kind.name], shape, path, offset, nbytes)
-    return TensorEntry(name, torch.uint8, shape, path, offset, nbytes, Unpack(kind, order, change))
+    if tensor.kind.name in PLAIN and order is None and change is None:
+        return TensorEntry(name, PLAIN[tensor.kind.name], shape, *place)
+    return TensorEntry(name, torch.uint8, shape, *place, Unpack(tensor.kind, order, change))
 
 
-def _read(path: Path, size: int) -> tuple[list[Any], str]:
-    """Return the tensors of a file, and its architecture."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
-    except Exception as error:  # whatever the package finds wrong with it
-        raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}", AGAIN) from error
-    for tensor in reader.tensors:
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise CheckpointError(f"{path.name} is truncated: {tensor.name} lies beyond its end.", AGAIN)
-    if architecture == "llama" and "llama.attention.sliding_window" in reader.fields:
-        raise UnsupportedError(
-            f"{path.name} has a sliding window, which transformers does not read from GGUF files.",
-            "Use the model's safetensors files.",
-        )
-    return list(reader.tensors), architecture
+def _read(path: Path) -> Header:
+    with reading(path), io.BufferedReader(opened(path)) as file:
+        return read_header(file, path.name, os.fstat(file.fileno()).st_size)
 
 
 def _small_files(path: Path, state: FileState) -> Path:
@@ -160,6 +168,6 @@ def _small_files(path: Path, state: FileState) -> Path:
     return folder
 
 
-def open_checkpoint(path: Path, headers: object = None) -> Checkpoint:
-    """Return the checkpoint of a folder, or of a GGUF file."""
-    return GGUFCheckpoint(path) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)  # type: ignore[arg-type]
+def open_checkpoint(path: Path, headers: Mapping[str, tuple[int, bytes]] | None = None) -> Checkpoint:
+    """Return the checkpoint of a folder, or of a GGUF file; `headers` are for planning, as `hub.locate_headers` returns them."""
+    return GGUFCheckpoint(path, here=headers is None) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)

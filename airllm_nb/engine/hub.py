@@ -80,13 +80,17 @@ def locate(
     if (local := _local_folder(model)) is not None:
         return local
     repo = os.fspath(model)
-    with _explained(repo, revision):
+    if repo.lower().endswith(".gguf"):
+        from airllm_nb.engine import gguf_hub
+
+        return gguf_hub.locate(repo, revision, token, progress)
+    with explained(repo, revision):
         folder, names, listed = _fetch(repo, SMALL_FILES, revision, token, progress)
         missing = _absent(folder, names)
         if missing:
             # By commit, so that a push in between cannot mix two versions.
             files = [listed[name] for name in names if name in listed]
-            _download(repo, missing, folder.name, token, files, progress)
+            download_all(repo, missing, folder.name, token, files, progress)
         if _absent(folder, names):
             raise ConnectionError  # old versions then return a partial snapshot without a word
     return folder
@@ -117,7 +121,11 @@ def locate_headers(
     if (local := _local_folder(model)) is not None:
         return local, None
     repo = os.fspath(model)
-    with _explained(repo, revision):
+    if repo.lower().endswith(".gguf"):
+        from airllm_nb.engine import gguf_hub
+
+        return gguf_hub.locate_header(repo, revision, token)
+    with explained(repo, revision):
         folder, names, _ = _fetch(repo, PLANNING_FILES, revision, token)
         if not _absent(folder, names):
             return folder, None
@@ -143,8 +151,10 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
             f'"{text}" cannot be loaded: it is a file, not a folder.',
             "Name the folder that holds config.json and the .safetensors files, or a model of the hub as org/name.",
         )
-    if not isinstance(model, str) or path.is_absolute() or text.startswith((".", "~")) or text.count(os.sep) > 1:
-        raise CheckpointError(f'There is no folder "{text}".', "Check the path, or name a model of the hub as org/name.")
+    on_hub = 2 if text.lower().endswith(".gguf") else 1  # org/name, org/name/file.gguf
+    if not isinstance(model, str) or path.is_absolute() or text.startswith((".", "~")) or text.count(os.sep) > on_hub:
+        what = "file" if on_hub > 1 else "folder"
+        raise CheckpointError(f'There is no {what} "{text}".', "Check the path, or name a model of the hub as org/name.")
     return None
 
 
@@ -154,10 +164,10 @@ def _fetch(
     """Download the files that `patterns` name; return the folder, the names of the weight files, and what the hub lists."""
     commit, listed = revision, {}
     try:
-        info = _info(repo, revision, token, progress)
+        info = info_of(repo, revision, token, progress)
         commit, listed = info.sha, {file.rfilename: hub_file(file) for file in info.siblings or ()}
         _check_listing(repo, listed.keys())
-        folder = _download(repo, patterns, revision, token, [], progress)
+        folder = download_all(repo, patterns, revision, token, [], progress)
     except (OSError, HTTP_ERROR):
         # No network, an expired login or a cache that only others may write: none matters if all is there.
         if (cached := _cached(repo, commit)) is None:
@@ -169,7 +179,7 @@ def _fetch(
     return folder, names, listed
 
 
-def _info(repo: str, revision: str | None, token: str | bool | None, progress: Listener | None) -> Any:
+def info_of(repo: str, revision: str | None, token: str | bool | None, progress: Listener | None) -> Any:
     """Ask the hub what is in a repository."""
     timeout = constants.HF_HUB_ETAG_TIMEOUT
 
@@ -179,7 +189,7 @@ def _info(repo: str, revision: str | None, token: str | bool | None, progress: L
     return aside(ask, progress and (lambda: progress(Fetching(f"Looking for {repo} on the hub"))))
 
 
-def _download(
+def download_all(
     repo: str,
     patterns: list[str],
     revision: str | None,
@@ -226,10 +236,10 @@ def _check_listing(repo: str, listed: KeysView[str]) -> None:
     """Refuse, before anything is downloaded, a repository without a safetensors checkpoint."""
     if not listed & {SINGLE, INDEX}:
         pickles = sorted(name for name in listed if name.endswith((".bin", ".pth", ".pt")))
-        if any(name.endswith(".gguf") for name in listed):
-            raise CheckpointError(
-                f'"{repo}" holds GGUF files, which are read from this machine only: download one, and name its path.', OTHER
-            )
+        if any(name.lower().endswith(".gguf") for name in listed):
+            from airllm_nb.engine import gguf_hub
+
+            raise gguf_hub.several(repo, listed)
         if pickles and not any(name.endswith(".safetensors") for name in listed):
             raise CheckpointError(
                 f'"{repo}" holds only pickled weights ({pickles[0]}), and loading a pickle can run any code.',
@@ -243,30 +253,29 @@ def _check_listing(repo: str, listed: KeysView[str]) -> None:
 
 def _read_header(repo: str, name: str, revision: str, token: str | bool | None) -> tuple[int, bytes]:
     """Return size and first bytes (length and header) of a safetensors file on the hub."""
-    url = hf_hub_url(repo, name, revision=revision)
-
-    def read(start: int, stop: int) -> tuple[int, bytes]:
-        """Return the size of the file, and its bytes from `start` to `stop`."""
-        headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=2)
-        hf_raise_for_status(response)
-        if len(response.content) < int(response.headers.get("Content-Length", 0)):
-            raise ConnectionError  # urllib3 1 does not tell
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]  # absent if the whole file came
-        return int(size or len(response.content)), response.content
-
-    size, raw = read(0, FIRST_READ)
+    size, raw = read_range(repo, name, revision, token, 0, FIRST_READ)
     stop = 8 + int.from_bytes(raw[:8], "little")
     if stop > min(8 + MAX_HEADER, size):
         raise CheckpointError(f'{name} of "{repo}" is no safetensors file, or is truncated.', OTHER)
     if len(raw) < stop:
-        raw += read(len(raw), stop)[1]
+        raw += read_range(repo, name, revision, token, len(raw), stop)[1]
     return size, raw[:stop]
 
 
+def read_range(repo: str, name: str, revision: str, token: str | bool | None, start: int, stop: int) -> tuple[int, bytes]:
+    """Return the size of a file on the hub, and its bytes from `start` to `stop`."""
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    url, timeout = hf_hub_url(repo, name, revision=revision), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    response = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=2)
+    hf_raise_for_status(response)
+    if len(response.content) < int(response.headers.get("Content-Length", 0)):
+        raise ConnectionError  # urllib3 1 does not tell
+    size = response.headers.get("Content-Range", "").rpartition("/")[2]  # absent if the whole file came
+    return int(size or len(response.content)), response.content
+
+
 @contextlib.contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
+def explained(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises for expected failures into errors with a cause and a remedy."""
     try:
         yield

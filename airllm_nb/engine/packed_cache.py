@@ -24,6 +24,7 @@ from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.packed import Int4, Packing
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
+from airllm_nb.engine.repack import on_grid, repacked
 from airllm_nb.engine.rounding import nearest
 from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
@@ -201,7 +202,7 @@ class PackedCache:
                 begin(index)
                 if index in sources:
                     groups.fill(sources[index], buffer, keep_cached=False)
-                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}))
+                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}, reader))
                 else:
                     self._write(self.files[index], self._packed_head(groups))
 
@@ -223,18 +224,28 @@ class PackedCache:
             self._write_about(about | {"nearest": sorted(names.union(about.get("nearest", [])))})
 
     def _source(self, index: int) -> WeightGroup:
-        """Return what a layer's file is made from: not what stays in the checkpoint, stacks of experts for one."""
+        """Return what a layer's file is made from: not what stays in the checkpoint, nor what is on its grid already."""
         own = self._quantized.skeleton.layers[index].group
         group = self._quantized.original.layers[index].group
-        return group.without(group.weights.keys() - {weight.name for weight in stored_weights(own, self._quantized.packing)})
+        made = {weight.name for weight in stored_weights(own, self._quantized.packing)} - self._on_grid(index).keys()
+        return group.without(group.weights.keys() - made)
 
-    def _packed(self, index: int, views: Tensors, packed: Tensors) -> Iterator[torch.Tensor]:
-        """Return the tensors of a layer's file, in their order; what is packed already need not be."""
+    def _on_grid(self, index: int) -> dict[str, TensorEntry]:
+        """Return where those of a layer's packed weights lie that need not be rounded."""
+        meant = {weight.name for weight in self.skeleton.layers[index].group.weights.values() if weight.meant}
+        found = on_grid(self._checkpoint, self._quantized.original.layers[index].group, self._quantized.packing)
+        return {name: entry for name, entry in found.items() if name in meant}
+
+    def _packed(self, index: int, views: Tensors, packed: Tensors, reader: Reader | None = None) -> Iterator[torch.Tensor]:
+        """Return the tensors of a layer's file, in their order; what is packed already, here or there, need not be."""
+        there = self._on_grid(index) if reader else {}
         for weight in stored_weights(self.skeleton.layers[index].group, self._quantized.packing):
-            view = views[weight.name]
-            if weight.meant:
-                view = packed[weight.name] if weight.name in packed else _packed(view, weight)
-            yield view
+            if weight.name in packed:
+                yield packed[weight.name]
+            elif reader and weight.name in there:
+                yield _finite(repacked, there[weight.name], reader, name=weight.name)
+            else:
+                yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
         """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
@@ -304,8 +315,12 @@ def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _nearest(tensor: torch.Tensor, packing: Packing, name: str) -> torch.Tensor:
+    return _finite(nearest, tensor, packing, name=name)
+
+
+def _finite(pack: Callable[..., torch.Tensor], *weight: object, name: str) -> torch.Tensor:
     try:
-        return nearest(tensor, packing)
+        return pack(*weight)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be quantized: {error}.", "Load the model without quantize.") from error
 

@@ -95,6 +95,8 @@ class Plan:
         How experts are read that are read only when they are hit; the layers are then meant without them.
     quantized : str
         What is kept in few bits, if anything.
+    hint : str
+        What would make it faster, if anything is known.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Plan:
     kernels: str = ""
     experts: ExpertsPlan | None = None
     quantized: str = ""
+    hint: str = ""
 
     def predict(self, *, write: bool = True) -> Prediction | None:
         """Predict the seconds per token from a probe of this machine: two seconds the first time, nothing after that.
@@ -172,6 +175,7 @@ class Plan:
             *([f"experts   {self.experts}"] if self.experts else ()),
             f"per token {read}",
             *([f"kernels   {self.kernels}"] if self.kernels else []),
+            *([f"hint      {self.hint}"] if self.hint else []),
         ))  # fmt: skip
 
     @property

@@ -23,6 +23,7 @@ from airllm_nb.engine.packed_cache import PackedCache
 from airllm_nb.engine.plan import ExpertsPlan, Plan
 from airllm_nb.engine.prediction import work_of
 from airllm_nb.engine.quantize import asked, quantized
+from airllm_nb.engine.repack import hint
 from airllm_nb.engine.residency import decide_with_experts, least_budget
 from airllm_nb.engine.sharing import Shared, require_shareable, shareable
 from airllm_nb.engine.skeleton import Skeleton, build
@@ -138,6 +139,7 @@ def prepare(
         shared_nbytes=_mapped(skeleton, layers, checkpoint, by_rows=decision.by_rows) if shared else None,
         by_rows=decision.by_rows, kernels=one_row.use(skeleton.model, kernels, budget),
         experts=experts, quantized=str(packed or ""),
+        hint=hint(checkpoint) if packing is None and not all(decision.resident) else "",
     )  # fmt: skip
     return Prepared(skeleton, plan, stacks, packed)
 

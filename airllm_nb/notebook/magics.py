@@ -125,6 +125,8 @@ class AirLLMMagics(Magics):  # type: ignore[misc]  # IPython's types are not fol
         from airllm_nb.notebook import report
 
         print(report.one_line(model))
+        if model.plan.hint:
+            print(model.plan.hint)
 
     def _continue(self, _: argparse.Namespace) -> None:
         answer, output = self._output

@@ -213,6 +213,7 @@ def describe(decided: Plan, prediction: Prediction | None) -> str:
         "memory": f"{used} of {budget} ({decided.reasons[2]}); at least {least}",
         "computes in": f"{dtype} ({decided.reasons[1]})",
         "quantized": decided.quantized,
+        "hint": decided.hint,
         "per token": read if decided.experts is None else f"{read}, and the experts that are hit",
         "speed": str(prediction) if prediction else "…" if decided.device.type == "cpu" else "not predicted for this device",
     }

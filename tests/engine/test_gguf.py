@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from tiny_gguf import LAYERS, make_gguf
+from tiny_gguf import LAYERS, WIDE, make_gguf, unpackable
 
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import gguf_files, versions
-from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
+from airllm_nb.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
 IDS = torch.arange(4, 20)[None]
@@ -53,16 +53,52 @@ def test_logits_are_those_of_transformers(tmp_path, architecture, streams):
         assert model.tokenizer("\u0105\u0106", add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_kind_of_quantization(tmp_path, kind, tied):
-    path = make_gguf(tmp_path / "llama.gguf", "llama", kind, tied=tied)
-    expected = reference(path)
+@pytest.mark.parametrize("kind", unpackable())
+def test_every_quantization_that_the_package_unpacks(tmp_path, kind):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", kind, width=WIDE, inner=WIDE)
+    expected = reference(path)(IDS).logits
+    assert expected.isfinite().all()
+    assert expected.std() > 0
     with torch.no_grad(), load(path) as model:
-        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+        assert torch.equal(model(IDS).logits, expected)
     least = plan(path, device="cpu", dtype="float32").least
     with torch.no_grad(), load(path, memory=least) as model:
-        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_no_quantization_is_forgotten():
+    """What llama.cpp's own tool writes: https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md."""
+    usual = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+             "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"}  # fmt: skip
+    assert usual <= set(unpackable())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_quantizations_in_one_file(tmp_path, architecture, tied):
+    """As Q4_K_M has them."""
+    kinds = {"token_embd": "Q6_K", "output.weight": "Q6_K", "attn_v": "Q6_K", "blk.1.ffn_down": "Q6_K", "attn_k": "F16"}
+    path = make_gguf(tmp_path / "mixed.gguf", architecture, "Q4_K", width=WIDE, inner=WIDE, kinds=kinds, tied=tied)
+    expected = reference(path)(IDS).logits
+    for memory in ("1GB", plan(path, device="cpu", dtype="float32").least):
+        with torch.no_grad(), load(path, memory=memory) as model:
+            assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("head", [None, 32], ids=["as wide", "wider heads"])  # as Mistral Nemo has them
+def test_mistral_by_the_name_of_llama(tmp_path, head):
+    fields = {"general.name": "Mistral 7B Instruct v0.3", "llama.context_length": 32768, "llama.rope.freq_base": 1e6}
+    path = make_gguf(tmp_path / "mistral.gguf", "llama", "Q4_0", fields=fields, head=head)
+    as_llama = reference(path)
+    config = transformers.MistralConfig(
+        **{**as_llama.config.to_dict(), "model_type": "mistral", "architectures": None}, sliding_window=None
+    )
+    as_mistral = transformers.MistralForCausalLM(config).eval()
+    as_mistral.load_state_dict(as_llama.state_dict())
+    with torch.no_grad(), load(path) as model:
+        assert model.config.model_type == "llama"
+        assert torch.equal(model(IDS).logits, as_llama(IDS).logits)
+        assert torch.equal(model(IDS).logits, as_mistral(IDS).logits)
 
 
 def test_in_bfloat16_as_transformers_rounds_it(tmp_path):
@@ -70,13 +106,6 @@ def test_in_bfloat16_as_transformers_rounds_it(tmp_path):
     expected = reference(path, torch.bfloat16)
     with torch.no_grad(), load(path, dtype="bfloat16") as model:
         assert torch.equal(model(IDS).logits, expected(IDS).logits)
-
-
-def test_what_lies_on_a_grid_is_quantized_without_loss(tmp_path):
-    path = make_gguf(tmp_path / "llama.gguf", "llama", "Q4_1")
-    expected = reference(path)(IDS).logits
-    with torch.no_grad(), load(path, quantize="int4-32") as model:
-        assert (model(IDS).logits - expected).norm() < 0.05 * expected.norm()
 
 
 def test_small_files_are_written_once(tmp_path, home):
@@ -98,26 +127,3 @@ def test_a_file_that_changes_is_noticed(tmp_path):
         with pytest.raises(CheckpointError, match=r"llama\.gguf was (replaced|truncated)"):
             for _ in range(3):
                 model(IDS)
-
-
-@pytest.mark.parametrize("damage", ["empty", "no GGUF", "truncated header", "truncated weights"])
-def test_damaged_files_are_refused(tmp_path, damage):
-    path = make_gguf(tmp_path / "llama.gguf", "llama")
-    raw = path.read_bytes()
-    path.write_bytes(
-        {"empty": b"", "no GGUF": b"x" * 1000, "truncated header": raw[:300], "truncated weights": raw[:-100]}[damage]
-    )
-    with pytest.raises(CheckpointError, match=r"llama\.gguf (is damaged|is truncated|cannot be read)"):
-        load(path)
-
-
-def test_what_transformers_would_drop_is_refused(tmp_path):
-    path = make_gguf(tmp_path / "llama.gguf", "llama", extra="rope_freqs.weight")
-    with pytest.raises(UnsupportedError, match="holds rope_freqs.weight, which transformers does not read"):
-        load(path)
-
-
-def test_other_architectures_are_refused(tmp_path):
-    path = make_gguf(tmp_path / "starcoder2.gguf", "starcoder2")
-    with pytest.raises(AirLLMError, match="GGUF files are read of gemma2"):
-        load(path)

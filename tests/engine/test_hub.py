@@ -351,7 +351,8 @@ def test_pickles_are_refused_and_never_requested(machine, tmp_path):
         assert names[repo] in done[repo]["cause"]
         assert "save_pretrained" in done[repo]["remedy"]
         assert "refs/pr/" in done[repo]["remedy"]
-    assert "read from this machine only" in done["org/gguf"]["cause"]
+    assert done["org/gguf"]["cause"] == '"org/gguf" holds GGUF files only: model.gguf.'
+    assert done["org/gguf"]["remedy"] == "Name one: %airllm load org/gguf/model.gguf"
     assert machine.hub.files_asked_for() == set()
 
 

@@ -1,6 +1,10 @@
 """%airllm load --quantize, and %airllm cache, which shows and clears what that has written."""
 
 import pytest
+from tiny_gguf import make_gguf
+
+from airllm_nb import plan
+from airllm_nb.compat import gguf_files, versions
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +30,28 @@ def test_quantized_layers_are_listed_and_cleared(shell, chat, home):
 
 
 def test_a_streaming_model_says_that_its_layers_are_gone(shell, chat):
-    from airllm_nb import plan
-
     least = plan(chat, device="cpu", dtype="float32", quantize="int4").least
     shell.run(f"%airllm load {chat} --device cpu --dtype float32 --quantize int4 --memory {least}")
     shell.run("%%airllm --max-new-tokens 3\nHello")
     shell.run("%airllm cache --clear")
     assert "was removed" in shell.fail("%%airllm --max-new-tokens 20\nHello")
+
+
+@pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="GGUF files are refused by this version of transformers")
+@pytest.mark.parametrize(("kind", "advised"), [("Q4_0", "int4-32"), ("Q8_0", "int8"), ("F16", None)])
+def test_a_gguf_file_that_streams_says_what_would_be_faster(shell, tmp_path, kind, advised):
+    path = make_gguf(tmp_path / "model.gguf", "qwen2", kind)
+    least = plan(path, device="cpu", dtype="float32").least
+    assert "--quantize" not in shell.run(f"%airllm load {path} --device cpu --dtype float32")
+    said = shell.run(f"%airllm load {path} --device cpu --dtype float32 --memory {least}")
+    assert said.count("\n") == (2 if advised else 1)
+    assert f"--quantize {advised} " in said or not advised
+    assert ("hint " in shell.run("%airllm status")) == bool(advised)
+    if advised:
+        least = plan(path, device="cpu", dtype="float32", quantize=advised).least
+        assert (
+            shell.run(f"%airllm load {path} --device cpu --dtype float32 --memory {least} --quantize {advised}").count("\n") == 1
+        )
 
 
 def test_what_is_no_quantization_is_one_line(shell, chat):

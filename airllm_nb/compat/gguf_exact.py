@@ -1,0 +1,97 @@
+"""What a GGUF file says of its model that transformers does not read, and would compute otherwise without a word: refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from airllm_nb.compat.gguf_files import ARCHITECTURES
+from airllm_nb.errors import UnsupportedError
+
+WINDOWED = ("gemma2", "gemma3")
+"""Of these transformers reads the sliding window."""
+DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""What transformers takes for Gemma 2, whatever the file says."""
+OWN_SCALE = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B models, whose scale of the attention stands in no field: llama.cpp, too, knows them by their layers."""
+MISTRAL = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8}
+"""Mistral 7B. The first version has a window of 4,096 tokens, which no field tells, and a base of 10,000; later ones neither."""
+WINDOW, BASE = 4096, 10000
+
+
+def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> None:
+    """Refuse a file that transformers reads otherwise than it was meant, or that was not compared.
+
+    Parameters
+    ----------
+    name : str
+        The file's.
+    architecture : str
+        As the file names it.
+    fields : mapping of str to object
+        What the file says.
+
+    Raises
+    ------
+    UnsupportedError
+        With what it is.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{name} holds a model of the architecture {architecture}; GGUF files are read of {', '.join(ARCHITECTURES)}.",
+            "Use the model's safetensors files.",
+        )
+    if (parts := fields.get("split.count") or 0) > 1:
+        raise UnsupportedError(
+            f"{name} is one of {parts} parts of a model.", "Merge them (llama-gguf-split --merge), or use its safetensors files."
+        )
+    own = {key.partition(".")[2]: value for key, value in fields.items() if key.startswith(f"{architecture}.")}
+    for what in _unread(architecture, own, str(fields.get("general.name"))):
+        raise UnsupportedError(
+            f"{name} has {what}, which transformers does not read from GGUF files.", "Use the model's safetensors files."
+        )
+
+
+def _unread(architecture: str, own: dict[str, Any], name: str) -> Iterator[str]:
+    yield from _heads(own)
+    yield from _attention(architecture, own)
+    if own.get("block_count") == OWN_SCALE.get(architecture, -1):
+        yield "27B parameters and a scale of the attention of its own"
+    if own.get("expert_count"):
+        yield f"{own['expert_count']} experts in each layer"
+    if architecture == "llama":
+        yield from _mistral(own, name)
+
+
+def _heads(own: dict[str, Any]) -> Iterator[str]:
+    scaling, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    if scaling != "none" or (factor or 1) != 1:
+        yield f"a rotary embedding that is scaled ({scaling}, by {factor})"
+    width, heads = own.get("embedding_length"), own.get("attention.head_count")
+    if head := own.get("attention.key_length") or (width // heads if width and heads else 0):
+        if (turned := own.get("rope.dimension_count", head)) != head:
+            yield f"a rotary embedding of {turned} of the {head} numbers of a head"
+        if (length := own.get("attention.value_length", head)) != head:
+            yield f"values of {length} numbers beside keys of {head}"
+
+
+def _attention(architecture: str, own: dict[str, Any]) -> Iterator[str]:
+    window = own.get("attention.sliding_window") or 0
+    if architecture not in WINDOWED and 0 < window < own.get("context_length", 0):
+        yield f"a sliding window of {window} tokens"
+    for key, default in DEFAULTS.items():
+        if own.get(key, expected := default if architecture == "gemma2" else None) != expected:
+            yield f"{key} {own[key]}"
+    for key in ("attention.scale", "logit_scale", "residual_scale", "embedding_scale"):
+        if own.get(key):
+            yield f"{key} {own[key]}"
+
+
+def _mistral(own: dict[str, Any], name: str) -> Iterator[str]:
+    """Mistral's models go by the name of llama, which computes the same but for the window."""
+    if name == "mistral":
+        yield 'the very name "mistral", by which that takes it for an architecture'
+    mistral = re.search("mistral", name, re.IGNORECASE) or MISTRAL.items() <= own.items()
+    if mistral and own.get("rope.freq_base", BASE) == BASE and own.get("context_length", 0) > WINDOW:
+        yield f"the marks of Mistral 7B v0.1, and so a sliding window of {WINDOW} tokens that it does not name"

@@ -1,0 +1,186 @@
+"""GGUF files that are refused: damaged, foreign, or such as transformers would read otherwise than they were meant."""
+
+import contextlib
+import struct
+
+import gguf
+import pytest
+from tiny_gguf import WIDE, make_gguf
+
+from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import gguf_files, versions
+from airllm_nb.compat.gguf_exact import require_exact
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
+
+pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRLLM_NB_HOME", str(tmp_path / "home"))
+
+
+def refusal(path, kind=AirLLMError):
+    with pytest.raises(kind) as caught:
+        plan(path, device="cpu")
+    with pytest.raises(kind):
+        LayeredModel.from_pretrained(path, device="cpu")
+    assert caught.value.remedy
+    return caught.value.cause
+
+
+@pytest.fixture
+def whole(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", "Q4_0")
+    return path, path.read_bytes()
+
+
+def position(raw, name):
+    """Return where the tensor's description has its dimensions."""
+    return raw.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+
+
+def test_what_is_no_gguf_file(whole):
+    path, _ = whole
+    for content in (b"", b"GG", b"x" * 1000, b"PK\x03\x04" + bytes(1000)):
+        path.write_bytes(content)
+        assert refusal(path, CheckpointError) == "llama.gguf is no GGUF file."
+
+
+def test_truncated_anywhere(whole):
+    path, raw = whole
+    header = raw.index(b"output_norm.weight")
+    for size in (*range(4, header, header // 40), len(raw) - 100, len(raw) - 3000):
+        path.write_bytes(raw[:size])
+        assert refusal(path, CheckpointError).startswith("llama.gguf is truncated: ")
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 1 << 31])
+def test_unknown_version(whole, version):
+    path, raw = whole
+    path.write_bytes(raw[:4] + struct.pack("<I", version) + raw[8:])
+    assert f"is a GGUF file of version {version}; known are 2 and 3" in refusal(path, CheckpointError)
+
+
+def test_other_order_of_bytes(whole):
+    path, raw = whole
+    path.write_bytes(raw[:4] + raw[4:8][::-1] + raw[8:])
+    assert "another order of bytes" in refusal(path, UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("number", "called"),
+    [
+        (9999, "quantization 9999"),
+        (4, "quantization 4"),
+        (gguf.GGMLQuantizationType.Q8_K, "Q8_K"),
+        (gguf.GGMLQuantizationType.I32, "I32"),
+    ],
+)
+def test_unknown_quantization(whole, number, called):
+    path, raw = whole
+    at = position(raw, b"blk.1.ffn_up.weight") + 4 + 2 * 8
+    path.write_bytes(raw[:at] + struct.pack("<I", number) + raw[at + 4 :])
+    cause = refusal(path, UnsupportedError)
+    assert cause.startswith(f"llama.gguf holds blk.1.ffn_up.weight as {called}, which the package gguf ")
+
+
+def test_rows_that_are_no_multiple_of_a_block(whole):
+    path, raw = whole
+    at = position(raw, b"blk.1.ffn_up.weight") + 4
+    path.write_bytes(raw[:at] + struct.pack("<Q", 63) + raw[at + 8 :])
+    assert (
+        refusal(path, CheckpointError)
+        == "llama.gguf is damaged: blk.1.ffn_up.weight has rows of 63 numbers, and Q4_0 blocks of 32."
+    )
+
+
+@pytest.mark.parametrize("word", [b"general.architecture", b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type"])
+@pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1])
+def test_lengths_that_no_file_has(whole, word, length):
+    path, raw = whole
+    begin = position(raw, word) + 4 + (0 if word == b"general.architecture" else 4)
+    path.write_bytes(raw[:begin] + struct.pack("<Q", length) + raw[begin + 8 :])
+    assert refusal(path, CheckpointError).startswith("llama.gguf is ")
+
+
+def test_every_byte_of_the_header(whole):
+    """Whatever one of them is, there is a model or a refusal."""
+    path, raw = whole
+    tensors = raw.index(b"token_embd.weight") - 8
+    for at in (*range(24), *range(tensors, tensors + 120)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+        with contextlib.suppress(AirLLMError):
+            plan(path, device="cpu")
+
+
+def test_what_transformers_would_drop(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", extra="rope_freqs.weight")
+    assert "holds rope_freqs.weight, which transformers does not read" in refusal(path, UnsupportedError)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2moe", "qwen3moe", "gpt-oss", "mistral3", "starcoder2", "gemma3n", "clip"])
+def test_other_architectures_are_refused_by_name(tmp_path, architecture):
+    path = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert f"of the architecture {architecture}; GGUF files are read of gemma2, gemma3, llama," in refusal(path, UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "what"),
+    [
+        ("llama", {"split.count": 3}, "is one of 3 parts"),
+        ("llama", {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "scaled (yarn, by 4.0)"),
+        ("qwen2", {"qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 2.0}, "scaled (linear, by 2.0)"),
+        ("gemma3", {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}, "scaled (linear, by 8.0)"),
+        ("phi3", {"phi3.attention.sliding_window": 47}, "a sliding window of 47 tokens"),
+        ("phi3", {"phi3.rope.dimension_count": 12}, "a rotary embedding of 12 of the 16 numbers of a head"),
+        ("gemma2", {"gemma2.attn_logit_softcapping": 25.0}, "attn_logit_softcapping 25.0"),
+        ("llama", {"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma2", {"gemma2.block_count": 46}, "27B parameters and a scale of the attention of its own"),
+        ("llama", {"llama.expert_count": 8}, "8 experts in each layer"),
+        ("llama", {"llama.attention.scale": 0.25}, "attention.scale 0.25"),
+        ("llama", {"general.name": "mistral"}, 'the very name "mistral"'),
+        ("llama", {"general.name": "Mistral 7B Instruct v0.1", "llama.context_length": 32768}, "a sliding window of 4096 tokens"),
+    ],
+)  # fmt: skip
+def test_what_transformers_would_compute_otherwise(tmp_path, architecture, fields, what):
+    path = make_gguf(tmp_path / "other.gguf", architecture, fields=fields)
+    assert what in refusal(path, UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("phi3", {"phi3.attention.sliding_window": 128}),
+        ("gemma2", {"gemma2.attn_logit_softcapping": 50.0, "gemma2.attention.sliding_window": 47}),
+        ("llama", {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}),
+        ("llama", {"general.name": "Mistral 7B Instruct v0.3", "llama.context_length": 32768, "llama.rope.freq_base": 1e6}),
+        ("llama", {"llama.expert_count": 0}),
+    ],
+)
+def test_what_changes_nothing_is_read(tmp_path, architecture, fields):
+    assert plan(make_gguf(tmp_path / "same.gguf", architecture, fields=fields), device="cpu")
+
+
+def test_stacks_of_matrices(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", "Q8_0", width=WIDE, inner=WIDE)
+    raw = path.read_bytes()
+    at = position(raw, b"blk.1.ffn_up.weight")
+    assert raw[at : at + 4] == struct.pack("<I", 2)
+    path.write_bytes(raw[:at] + struct.pack("<I", 5) + raw[at + 4 :])
+    assert refusal(path, CheckpointError) == "llama.gguf is damaged: blk.1.ffn_up.weight has 5 dimensions."
+
+
+@pytest.mark.parametrize(("base", "context", "refused"), [(1e4, 32768, True), (1e6, 32768, False), (1e4, 4096, False)])
+def test_a_relative_of_mistral_is_known_by_its_shape(base, context, refused):
+    """Zephyr, for one: a model of another name, tuned from the version with the window."""
+    fields = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8, "attention.head_count": 32,
+              "rope.freq_base": base, "context_length": context}  # fmt: skip
+    said = {"general.name": "zephyr"} | {f"llama.{key}": value for key, value in fields.items()}
+    with pytest.raises(UnsupportedError, match="a sliding window of 4096") if refused else contextlib.nullcontext():
+        require_exact("zephyr.gguf", "llama", said)
