@@ -5,6 +5,7 @@ Of a head that is tied to the embedding only the head is packed: the embedding i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -14,11 +15,13 @@ from airllm_nb.compat.keys import Recipe
 from airllm_nb.engine.packed import Int8
 from airllm_nb.engine.packed_weight import Meant
 from airllm_nb.engine.skeleton import EMBEDDING, Skeleton
-from airllm_nb.engine.weights import ALIGN, Parameter, Place, Weight, WeightGroup
+from airllm_nb.engine.weights import ALIGN, GroupReader, Parameter, Place, Weight, WeightGroup
 from airllm_nb.errors import UnsupportedError
 
 PACKING = Int8()
 """Fewer bits would cost more than they save: the head decides between tokens itself."""
+PIECES = 32 << 20
+"""Bytes that are packed at once."""
 
 
 def packed_head(skeleton: Skeleton, stored: str) -> tuple[Skeleton, WeightGroup]:
@@ -52,6 +55,30 @@ def packed_head(skeleton: Skeleton, stored: str) -> tuple[Skeleton, WeightGroup]
     source = WeightGroup("head", [_parameter(weight, weight.places)], [recipe], always.device)
     always = WeightGroup(always.name, [*others, packed], recipes, always.device)
     return replace(skeleton, always=always, embedding=embedding), source
+
+
+def packed_rows(source: WeightGroup, groups: GroupReader, pack: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Read a head some rows at a time, for it is many times as large as a layer's weights, and return what it is packed to.
+
+    Parameters
+    ----------
+    source : WeightGroup
+        The head's weight as published.
+    groups : GroupReader
+        Reads it.
+    pack : callable(rows)
+        Packs some rows by `PACKING`.
+    """
+    (weight,) = source.weights.values()
+    count, width = weight.shape
+    step, scales = max(PIECES // (width * weight.dtype.itemsize), 1), []
+    for begin in range(0, count, step):
+        rows = torch.empty((min(step, count - begin), width), dtype=weight.dtype, device="cpu")
+        groups.fill_rows(source, begin, rows, keep_cached=False)
+        codes, scale = PACKING.parts(pack(rows), tuple(rows.shape))
+        scales.append(scale)
+        yield codes
+    yield torch.cat(scales)
 
 
 def _find(skeleton: Skeleton) -> tuple[Weight, Recipe, Place, tuple[Place, ...]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +17,26 @@ from filelock import FileLock, Timeout
 
 from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine import calibration, packed_key
-from airllm_nb.engine.checkpoint import DTYPES, Checkpoint, FileState, TensorEntry, parse_header
-from airllm_nb.engine.head import PACKING
+from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
+from airllm_nb.engine.head import PACKING, packed_rows
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.packed import Int4, Packing
+from airllm_nb.engine.packed_file import TEMPORARY, PackedFile, packed_file
 from airllm_nb.engine.quantize import Quantized, describe, stored, stored_weights
 from airllm_nb.engine.reader import Reader
 from airllm_nb.engine.repack import on_grid, repacked
 from airllm_nb.engine.rounding import nearest
 from airllm_nb.engine.sharing import Shared
 from airllm_nb.engine.skeleton import Skeleton
-from airllm_nb.engine.weights import ALIGN, GroupReader, Weight, WeightGroup, as_bytes
+from airllm_nb.engine.weights import GroupReader, Weight, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
 FOLDER = "quantized"
 ABOUT = "about.json"
 LOCK = ".lock"
-PIECES = 32 << 20
-"""Bytes of the head that are packed at once."""
-TEMPORARY = ".part"
 WAITING = "Waiting for another process that quantizes this model"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class LayerFile:
-    """The file of one layer: where it is (or will be), its header, and its tensors."""
-
-    path: Path
-    header: bytes
-    entries: tuple[TensorEntry, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + sum(entry.nbytes for entry in self.entries)
-
-    def state(self) -> FileState | None:
-        """Return the state of the file; None if it is not there, or not whole."""
-        try:
-            with self.path.open("rb") as file:
-                state = FileState.of(self.path.stat())
-                return state if state.size == self.size and file.read(len(self.header)) == self.header else None
-        except OSError:
-            return None
 
 
 class PackedCache:
@@ -187,7 +161,7 @@ class PackedCache:
 
         def write(index: int, views: Tensors, packed: Tensors) -> None:
             self._note_nearest(index, packed)
-            self._write(self.files[index], self._packed(index, views, packed))
+            self.files[index].write(self._packed(index, views, packed))
 
         calibration.Calibration(self._quantized, self.joined, missing, begin, write).run(ids)
 
@@ -202,9 +176,9 @@ class PackedCache:
                 begin(index)
                 if index in sources:
                     groups.fill(sources[index], buffer, keep_cached=False)
-                    self._write(self.files[index], self._packed(index, sources[index].views(buffer), {}, reader))
+                    self.files[index].write(self._packed(index, sources[index].views(buffer), {}, reader))
                 else:
-                    self._write(self.files[index], self._packed_head(groups))
+                    self.files[index].write(self._packed_head(groups))
 
     def _about(self) -> dict[str, Any]:
         try:
@@ -248,59 +222,22 @@ class PackedCache:
                 yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
-        """Return those of the head's file: some rows at a time, for it is many times as large as a layer's weights."""
+        """Return those of the head's file."""
         source = self._quantized.head
         assert source is not None
-        (weight,) = source.weights.values()
-        count, width = weight.shape
-        step, scales = max(PIECES // (width * weight.dtype.itemsize), 1), []
-        for begin in range(0, count, step):
-            rows = torch.empty((min(step, count - begin), width), dtype=weight.dtype, device="cpu")
-            groups.fill_rows(source, begin, rows, keep_cached=False)
-            codes, scale = PACKING.parts(_nearest(rows, PACKING, weight.name), tuple(rows.shape))
-            scales.append(scale)
-            yield codes
-        yield torch.cat(scales)
+        return packed_rows(source, groups, functools.partial(_nearest, packing=PACKING, name=next(iter(source.weights))))
 
-    def _write(self, file: LayerFile, tensors: Iterable[torch.Tensor]) -> None:
-        """Put a file in place, as a whole."""
-        temporary = file.path.with_suffix(TEMPORARY)
-        try:
-            with temporary.open("wb") as out:
-                out.write(file.header)
-                for tensor in tensors:
-                    out.write(as_bytes(tensor))
-                out.flush()
-                os.fsync(out.fileno())  # or a power failure could leave the name without the content
-            temporary.replace(file.path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-    def _layer(self, index: int, group: WeightGroup, key: str) -> LayerFile:
+    def _layer(self, index: int, group: WeightGroup, key: str) -> PackedFile:
         packing = self._quantized.packing
         tensors = {stored(packing, weight.name): weight for weight in stored_weights(group, packing)}
-        return self._file(f"layer-{index:03}", tensors, key)
+        return packed_file(self.folder / f"layer-{index:03}.safetensors", tensors, key)
 
-    def _head(self, key: str) -> Iterator[LayerFile]:
+    def _head(self, key: str) -> Iterator[PackedFile]:
         if self._quantized.head:
             name = stored(PACKING, "head")
             always = self.skeleton.always
             recipe = next(recipe for recipe in always.recipes if recipe.sources == (name,))
-            yield self._file("head", {name: always.weights[next(iter(recipe.targets))]}, key)
-
-    def _file(self, what: str, tensors: dict[str, Weight], key: str) -> LayerFile:
-        path = self.folder / f"{what}.safetensors"
-        header: dict[str, object] = {"__metadata__": {"airllm_nb": str(packed_key.VERSION), "model": key}}
-        begin = 0
-        for name, weight in tensors.items():
-            end = begin + weight.nbytes
-            header[name] = {"dtype": NAMES[weight.dtype], "shape": weight.shape, "data_offsets": (begin, end)}
-            begin = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % ALIGN)  # so that weights can be mapped where they lie
-        raw = len(text).to_bytes(8, "little") + text
-        return LayerFile(path, raw, tuple(parse_header(raw, len(raw) + begin, path)))
+            yield packed_file(self.folder / "head.safetensors", {name: always.weights[next(iter(recipe.targets))]}, key)
 
     def _refusal(self, why: str) -> AirLLMError:
         return AirLLMError(

@@ -71,7 +71,7 @@ def test_a_head_in_pieces_is_the_same(checkpoint, home, monkeypatch):
     (path,) = home.glob("*/head.safetensors")
     whole = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr("airllm_nb.engine.packed_cache.PIECES", 5000)
+    monkeypatch.setattr("airllm_nb.engine.head.PIECES", 5000)
     with load(folder, "int8+head"):
         pass
     assert path.read_bytes() == whole
