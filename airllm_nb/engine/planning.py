@@ -181,11 +181,12 @@ def _budget(asked: str | float, device: torch.device, reserve: int, least: int, 
 def _streamed(skeleton: Skeleton, layers: Sequence[LayerInfo], checkpoint: Checkpoint) -> int:
     """Return the bytes on disk of the layers that stream."""
     return sum(
-        checkpoint[source].nbytes
+        part.nbytes
         for layer, info in zip(skeleton.layers, layers, strict=True)
         if not info.resident
         for recipe in layer.group.recipes
         for source in recipe.sources
+        for part in checkpoint[source].stored
     )
 
 

@@ -1,0 +1,113 @@
+"""Tiny checkpoints as others quantize them, made on the spot, each with its twin: the same weights as plain float32.
+
+The twin's numbers come from the definition of each format, written down here a second time and as plainly as possible; the tests
+compare them with what transformers and the formats' own packages make of the same tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, SHAPE, make_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+Quantize = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor] | None]
+"""From a weight's name and numbers to the tensors that are stored for it, and what they mean; None leaves it as it is."""
+
+GPT_OSS = SHAPE | {
+    "model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6,
+    "max_position_embeddings": 128, "rope_theta": 150000.0,
+    "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                     "original_max_position_embeddings": 16},
+}  # fmt: skip
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def publish(
+    folder: Path, quantize: Quantize, config: dict, *, raw: dict | None = None, dtype: torch.dtype = torch.bfloat16, **changes
+) -> tuple[Path, Path]:
+    """Return the folder of a quantized checkpoint, and that of its twin. What a weight is unpacked with lies in a second file."""
+    plain = make_checkpoint(folder / "plain", raw=raw or CONFIGS["llama"], dtype=dtype, shards="1GB", **changes)
+    stored: list[Tensors] = [{}, {}]
+    meant = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        found = quantize(name, tensor.float())
+        if found is None:
+            stored[0][name], meant[name] = tensor, tensor.float()
+            continue
+        tensors, meant[name] = found
+        first, *others = tensors
+        stored[0][first] = tensors[first].contiguous()
+        stored[1] |= {other: tensors[other].contiguous() for other in others}
+    (plain / "model.safetensors").unlink()
+    save_file({name: tensor.contiguous() for name, tensor in meant.items()}, plain / "model.safetensors", {"format": "pt"})
+    settings = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float32"}))
+    quantized = folder / "quantized"
+    quantized.mkdir()
+    (quantized / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+    save_sharded(quantized, stored)
+    return quantized, plain
+
+
+def save_sharded(folder: Path, files: list[Tensors]) -> None:
+    """Write tensors into files, and the index of them."""
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    for name, tensors in zip(names, files, strict=True):
+        save_file(tensors, folder / name, {"format": "pt"})
+    index = {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], None]) -> None:
+    """Change the tensors of a quantized checkpoint, which then lie in one file."""
+    tensors: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def is_matrix(name: str, weight: torch.Tensor) -> bool:
+    """Tell whether a weight is that of a linear layer in a decoder layer."""
+    return weight.dim() == 2 and ".layers." in name and not name.endswith(("router.weight", "gate.weight"))
+
+
+def fp8(block: tuple[int, int] | None, *, static: bool = False, factor: torch.dtype = torch.float32) -> Quantize:
+    """DeepSeek's fp8: a factor for each block, those at the edges smaller; without blocks one for all."""
+
+    def quantize(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not is_matrix(name, weight):
+            return None
+        rows, columns = weight.shape
+        high, wide = block or (rows, columns)
+        factors = torch.rand(-(-rows // high), -(-columns // wide), generator=torch.Generator().manual_seed(rows)) / 300 + 1e-3
+        factors = factors.to(factor)
+        each = factors.float().repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        numbers = (weight / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors = {name: numbers, f"{name}_scale_inv": factors if block else factors.view(())}
+        if static:
+            tensors[name.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5)
+        return tensors, numbers.float() * each
+
+    return quantize
+
+
+def mxfp4(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+    """The experts of gpt-oss: whatever numbers come, a little less than those of the other weights."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return None
+    experts, columns, rows = weight.shape
+    generator = torch.Generator().manual_seed(rows)
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(121, 126, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+    values = torch.tensor([*FP4, *(-value for value in FP4)])
+    numbers = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), -1).flatten(-2)
+    meant = numbers * 2.0 ** (scales[..., None].float() - 127)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}, meant.flatten(-2).transpose(1, 2)
