@@ -111,3 +111,69 @@ def mxfp4(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | Non
     numbers = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), -1).flatten(-2)
     meant = numbers * 2.0 ** (scales[..., None].float() - 127)
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}, meant.flatten(-2).transpose(1, 2)
+
+
+def compressed(
+    kind: str,
+    bits: int,
+    grid: Callable[[int, int], tuple[int, int]],
+    *,
+    packed: bool = False,
+    symmetric: bool = True,
+    factor: torch.dtype = torch.bfloat16,
+    scale: tuple[int, ...] | None = None,
+) -> Quantize:
+    """The formats of compressed-tensors. `grid` gives the size of a block, `scale` the shape of one factor for all."""
+
+    def quantize(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not is_matrix(name, weight):
+            return None
+        (rows, columns), (high, wide), most = weight.shape, grid(*weight.shape), 2 ** (bits - 1)
+        generator = torch.Generator().manual_seed(rows)
+        factors = (torch.rand(-(-rows // high), -(-columns // wide), generator=generator) / most + 0.1 / most).to(factor)
+        zeros = torch.zeros(factors.shape, dtype=torch.int64)
+        if not symmetric:
+            zeros = torch.randint(-most, most, factors.shape, generator=generator)
+        each, zero = (
+            tensor.double().repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+            for tensor in (factors, zeros)
+        )
+        codes = weight / each + zero
+        if kind == "float":
+            codes = codes.clamp(-448, 448).to(torch.float8_e4m3fn)
+        else:
+            codes = codes.round().clamp(-most, most - 1).to(torch.int8)
+        meant = ((codes.double() - zero) * each).to(factor).float()
+        stored = {"weight_scale": factors if scale is None else factors.view(scale)}
+        if packed:
+            stored = {"weight_packed": words(codes, bits), "weight_shape": torch.tensor(weight.shape)} | stored
+            zeros = words(zeros.T, bits).T
+        else:
+            stored = {"weight": codes} | stored
+        if not symmetric:
+            stored["weight_zero_point"] = zeros if packed else zeros.to(torch.int8)
+        return {name.removesuffix("weight") + end: tensor for end, tensor in stored.items()}, meant
+
+    return quantize
+
+
+def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack the numbers of each row into words of 32 bits, the first one lowest, from the least number that there is upwards."""
+    each = 32 // bits
+    codes = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % each)).unflatten(1, (-1, each))
+    return (codes << (torch.arange(each) * bits)).sum(-1).to(torch.int32)
+
+
+def compressed_config(stored: str, kind: str, bits: int, strategy: str, **fields) -> dict:
+    """As compressed-tensors writes it."""
+    weights = {
+        "num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False, "observer": "minmax",
+        "group_size": None, "block_structure": None, "actorder": None,
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights | fields, "output_activations": None}
+    group["input_activations"] = {"num_bits": 8, "type": kind, "dynamic": True, "strategy": "token"}
+    return {
+        "quant_method": "compressed-tensors", "format": stored, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+        "dequantize": True, "quantization_status": "compressed",
+        "kv_cache_scheme": None, "global_compression_ratio": 1.5, "version": "0.20.0",
+    }  # fmt: skip

@@ -10,37 +10,28 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from airllm_nb.compat import compressed
+from airllm_nb.compat.fields import anything, block, names, one_of
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
 PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
 
-
-def _any(_: Any) -> bool:
-    return True
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: any(type(value) is type(known) and value == known for known in values)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _block(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)  # noqa: PLR2004
-
-
 FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # transformers/utils/quantization_config.py: FineGrainedFP8Config; `fmt` is DeepSeek's, `ignored_layers` MiniMax's.
     "fp8": {
-        "activation_scheme": _one_of("dynamic", "static"), "dequantize": _any, "expert_dtype": _one_of("fp8"),
-        "fmt": _one_of("e4m3"), "ignored_layers": _names, "modules_to_convert": _one_of([]), "modules_to_not_convert": _names,
-        "scale_fmt": _one_of("float", "ue8m0"), "weight_block_size": _block,
+        "activation_scheme": one_of("dynamic", "static"), "dequantize": anything, "expert_dtype": one_of("fp8"),
+        "fmt": one_of("e4m3"), "ignored_layers": names, "modules_to_convert": one_of([]), "modules_to_not_convert": names,
+        "scale_fmt": one_of("float", "ue8m0"), "weight_block_size": block,
     },
     # Mxfp4Config
-    "mxfp4": {"dequantize": _any, "modules_to_not_convert": _names},
+    "mxfp4": {"dequantize": anything, "modules_to_not_convert": names},
+    "compressed-tensors": {
+        "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
+        "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
+        "run_compressed": anything, "sparsity_config": compressed.is_dense, "transform_config": one_of({}),
+        "use_optimized_inference": anything, "version": anything,
+    },
 }  # fmt: skip
 """The methods that are read, their fields, and which values of them. Each may also be absent or null, and others may be null."""
 
@@ -85,6 +76,8 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
         shown = json.dumps(value)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
         yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
+    if method == "compressed-tensors" and (odd := compressed.odd(config)):
+        yield UnsupportedError(f"{said} with {odd}, which this engine does not read.", PLAIN)
     if method == "mxfp4" and part.get("model_type") != "gpt_oss":
         yield UnsupportedError(f"{said}, which is read of gpt_oss, and this is {part.get('model_type')!r}.", PLAIN)
 

@@ -32,7 +32,11 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
             f"The weights of this checkpoint are quantized ({method}), says config.json, and none of its tensors is.",
             "If they are plain, remove quantization_config from config.json; else fetch the checkpoint again.",
         )
-    return checkpoint.holding(entries)
+    whole = checkpoint.holding(entries)
+    if len(whole) < len(entries):
+        name = next(entry.name for entry in entries if entry is not whole[entry.name])
+        raise CheckpointError(f"{name} is there twice, plain and quantized.", APART)
+    return whole
 
 
 def _entries(checkpoint: Checkpoint, form: Form) -> Iterator[TensorEntry]:
@@ -74,7 +78,7 @@ def _require_whole(stem: str, group: Mapping[str, TensorEntry], form: Form) -> N
 
 def _require_meant(stem: str, form: Form) -> None:
     """Refuse a quantized weight of a module that config.json says is plain."""
-    plain = form.config.get("modules_to_not_convert") or form.config.get("ignored_layers") or ()
-    for name in plain:
+    lists = ("modules_to_not_convert", "ignored_layers", "ignore")
+    for name in (name for key in lists for name in form.config.get(key) or ()):
         if stem == name or stem.startswith(f"{name}.") or stem.endswith(f".{name}"):
             raise CheckpointError(f"{stem} is quantized, and config.json says that it is not (with {name!r}).", APART)

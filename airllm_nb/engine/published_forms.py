@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from airllm_nb.compat import compressed
 from airllm_nb.engine.checkpoint import TensorEntry
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.engine.unpacking import Blocks, MxFp4
+from airllm_nb.engine.unpacking import Blocks, Codes, MxFp4, OfShape, Packed, Zeros
 from airllm_nb.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ class Form:
     dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+        self.config = dict(config)
 
     def weight(self, name: str, numbers: TensorEntry, beside: Mapping[str, TensorEntry]) -> TensorEntry:
         """Return the weight that some tensors become.
@@ -111,7 +112,9 @@ class Fp8(Form):
         else:
             high, wide = block
             require(factors, FLOATS, (-(-rows // high), -(-columns // wide)))
-        return _made(name, (rows, columns), numbers, Blocks(numbers.dtype, factors.dtype, (high, wide)), factors)
+        # In float32, and rounded once: as `Fp8Dequantize` of transformers 5.23 does.
+        unpack = Blocks(Codes(numbers.dtype), (high, wide), factors.dtype, torch.float32)
+        return _made(name, (rows, columns), numbers, unpack, factors)
 
 
 class GptOss(Form):
@@ -133,5 +136,69 @@ class GptOss(Form):
         return _made(name, (experts, 2 * half * groups, rows), numbers, MxFp4(), exponents)
 
 
-FORMS: dict[str, type[Form]] = {"fp8": Fp8, "mxfp4": GptOss}
+class CompressedTensors(Form):
+    """The formats of the package compressed-tensors that store whole or float8 numbers: plainly, or packed into words."""
+
+    dropped = (".input_scale", ".input_zero_point")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        group = next(iter(config["config_groups"].values()))
+        self._weights = group["weights"]
+        self._packed = compressed.stored_as(group, self.config) == compressed.PACKED
+        symmetric = self._weights.get("symmetric") is not False
+        zeros = () if symmetric else (".weight_zero_point",)
+        self.optional = (".weight_zero_point",) if symmetric else ()  # which then are refused
+        if self._packed:
+            self.numbers, self.needed, self.dtypes = ".weight_packed", (".weight_shape", ".weight_scale", *zeros), (torch.int32,)
+        else:
+            self.needed = (".weight_scale", *zeros)
+            self.dtypes = (torch.float8_e4m3fn if self._weights["type"] == "float" else torch.int8,)
+
+    def weight(self, name: str, numbers: TensorEntry, beside: Mapping[str, TensorEntry]) -> TensorEntry:
+        """See `Form.weight`."""
+        if extra := [beside[ending].name for ending in self.optional if ending in beside]:
+            raise CheckpointError(f"{extra[0]} is a zero point, and config.json says that there are none (symmetric).", APART)
+        rows, columns = require_matrix(numbers)
+        bits = self._weights["num_bits"]
+        if self._packed:
+            columns = columns * 32 // bits
+        block, *shapes = self._block(rows, columns)
+        grid = (-(-rows // block[0]), -(-columns // block[1])) if rows and columns else (0, 0)
+        factors = beside[".weight_scale"]
+        require(factors, FLOATS, *shapes)
+        zeros = None
+        if ".weight_zero_point" in self.needed:
+            stored = beside[".weight_zero_point"]
+            if self._packed:
+                require(stored, (torch.int32,), (-(-grid[0] * bits // 32), grid[1]))
+                zeros = Zeros(Packed(bits), along_rows=True)
+            else:
+                require(stored, (torch.int8,), *shapes)
+                zeros = Zeros(Codes(torch.int8))
+        # In the factors' own dtype: as `_dequantize` of compressed-tensors 0.20 does.
+        codes = Packed(bits) if self._packed else Codes(numbers.dtype)
+        unpack: Callable[..., None] = Blocks(codes, block, factors.dtype, factors.dtype, zeros)
+        if self._packed:
+            shape = beside[".weight_shape"]
+            require(shape, (torch.int64, torch.int32), (2,))
+            unpack = OfShape(shape.name, shape.dtype, unpack)
+        return _made(name, (rows, columns), numbers, unpack, *(beside[ending] for ending in self.needed))
+
+    def _block(self, rows: int, columns: int) -> tuple[Any, ...]:
+        """Return how many rows and columns share a factor, and the shapes that the factors' tensor may have."""
+        strategy, size = self._weights["strategy"], self._weights.get("group_size")
+        if strategy == "tensor":
+            return (max(rows, 1), max(columns, 1)), (), (1,), (1, 1)
+        if strategy == "channel":
+            return (1, max(columns, 1)), (rows, 1)
+        if strategy == "group":
+            if columns % size:
+                raise CheckpointError(f"{columns} columns of a weight are no whole groups of {size}.", APART)
+            return (1, size), (rows, columns // size)
+        high, wide = self._weights["block_structure"]
+        return (high, wide), (-(-rows // high), -(-columns // wide))
+
+
+FORMS: dict[str, type[Form]] = {"fp8": Fp8, "mxfp4": GptOss, "compressed-tensors": CompressedTensors}
 """By the ``quant_method`` of config.json."""

@@ -6,9 +6,13 @@ works on the reading thread, in pieces that PyTorch handles without others.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from airllm_nb.engine.conversion import SERIAL
+from airllm_nb.engine.readable import AGAIN
+from airllm_nb.errors import CheckpointError
 
 Grid = tuple[int, int]
 
@@ -19,38 +23,129 @@ BIAS = 127
 
 
 class Blocks:
-    """Numbers of a floating dtype, each block of them to be multiplied by one factor.
+    """A matrix of small numbers, each block of which is to be multiplied by one factor, perhaps less a zero point.
 
     Parameters
     ----------
-    dtype, factor : torch.dtype
-        Of the numbers, and of the factors.
+    codes : Codes
+        The small numbers.
     block : tuple of int
         Rows and columns that share a factor. What is left at the lower and right edges are blocks too, smaller ones.
-
-    Notes
-    -----
-    Multiplied in float32, and then rounded once, as ``Fp8Dequantize`` of transformers 5.23 does.
+    factor : torch.dtype
+        Of the factors.
+    computed : torch.dtype
+        What it is multiplied in: the product is rounded to it before anything else.
+    zeros : Zeros, optional
+        The zero points, of which each block has one.
     """
 
-    def __init__(self, dtype: torch.dtype, factor: torch.dtype, block: Grid) -> None:
-        self._dtype = dtype
-        self._factor = factor
+    def __init__(self, codes: Codes, block: Grid, factor: torch.dtype, computed: torch.dtype, zeros: Zeros | None = None) -> None:
+        self._codes = codes
         self._block = block
+        self._factor = factor
+        self._computed = computed
+        self._zeros = zeros
 
-    def __call__(self, raw: torch.Tensor, into: torch.Tensor, factors: torch.Tensor) -> None:
+    def __call__(self, raw: torch.Tensor, into: torch.Tensor, factors: torch.Tensor, *others: torch.Tensor) -> None:
         """Unpack into a matrix of any floating dtype."""
         rows, columns = into.shape
         if not into.numel():
             return
         high, wide = self._block
-        numbers = raw.view(self._dtype).view(rows, columns)
-        step = max(SERIAL // columns, 1)
-        for number, row in enumerate(factors.view(self._factor).view(-(-rows // high), -1).float()):
-            each = row.repeat_interleave(wide)[:columns] if len(row) > 1 else row
-            for begin in range(number * high, min((number + 1) * high, rows), step):
-                end = min(begin + step, (number + 1) * high, rows)
-                into[begin:end].copy_(numbers[begin:end].float().mul_(each))
+        grid = (-(-rows // high), -(-columns // wide))
+        numbers, scales = raw.view(rows, -1), factors.view(self._factor).view(grid).to(self._computed)
+        zeros = self._zeros(others[0], grid).to(self._computed) if self._zeros else None
+        for begin, end in self._pieces(rows, columns):
+            blocks = slice(begin // high, (end - 1) // high + 1)
+            part = self._codes(numbers[begin:end])[:, :columns].to(self._computed)
+            if zeros is not None:
+                part.sub_(_wide(zeros[blocks], wide, columns))
+            into[begin:end].copy_(part.mul_(_wide(scales[blocks], wide, columns)))
+
+    def _pieces(self, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+        """Yield rows that have one row of factors in common, or one each."""
+        high, step = self._block[0], max(SERIAL // columns, 1)
+        for block in range(0, rows, rows if high == 1 else high):
+            end = rows if high == 1 else min(block + high, rows)
+            for begin in range(block, end, step):
+                yield begin, min(begin + step, end)
+
+
+def _wide(values: torch.Tensor, wide: int, columns: int) -> torch.Tensor:
+    return values.repeat_interleave(wide, 1)[:, :columns] if values.shape[1] > 1 else values
+
+
+class Codes:
+    """Small numbers that PyTorch has a dtype for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return the numbers in the bytes of some rows."""
+        return raw.view(self._dtype)
+
+
+class Packed(Codes):
+    """Whole numbers of 4 or 8 bits in words of 32, the first one lowest, less the middle of their range.
+
+    That is how ``compressed_tensors/compressors/pack_quantized/helpers.py`` packs them.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return the numbers in the bytes of some rows, as int16."""
+        if self._bits == 4:  # noqa: PLR2004
+            raw = torch.stack((raw & 15, raw >> 4), -1).flatten(-2)
+        return raw.to(torch.int16) - (1 << (self._bits - 1))
+
+
+class Zeros:
+    """Zero points, one for each factor.
+
+    Parameters
+    ----------
+    codes : Codes
+        How they are stored.
+    along_rows : bool
+        Whether a word has those of several rows.
+    """
+
+    def __init__(self, codes: Codes, *, along_rows: bool = False) -> None:
+        self._codes = codes
+        self._along_rows = along_rows
+
+    def __call__(self, raw: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Return them as a matrix."""
+        if not self._along_rows:
+            return self._codes(raw).view(grid)
+        words = raw.view(torch.int32).view(-1, grid[1]).T.contiguous()
+        return self._codes(words.view(torch.uint8))[:, : grid[0]].T
+
+
+class OfShape:
+    """An unpacking that first looks whether the shape that is stored with the numbers is the one that they get."""
+
+    def __init__(self, name: str, dtype: torch.dtype, unpack: Callable[..., None]) -> None:
+        self._name = name
+        self._dtype = dtype
+        self._unpack = unpack
+
+    def __call__(self, raw: torch.Tensor, into: torch.Tensor, shape: torch.Tensor, *others: torch.Tensor) -> None:
+        """Unpack into a matrix of any floating dtype.
+
+        Raises
+        ------
+        CheckpointError
+            If it has another shape.
+        """
+        if shape.view(self._dtype).tolist() != list(into.shape):
+            raise CheckpointError(
+                f"{self._name} says {shape.view(self._dtype).tolist()}, and the numbers beside it are {list(into.shape)}.", AGAIN
+            )
+        self._unpack(raw, into, *others)
 
 
 class MxFp4:

@@ -20,6 +20,8 @@ from airllm_nb.errors import CheckpointError, UnsupportedError
 
 IDS = torch.arange(4, 20)[None]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 32]}
+channel, whole, group = (lambda _, columns: (1, columns)), (lambda *shape: shape), (lambda *_: (1, 32))
+config = published.compressed_config
 CASES = {
     "fp8": (published.fp8((16, 32)), FP8, {}),
     "fp8, edges": (published.fp8((40, 24)), FP8 | {"weight_block_size": [40, 24]}, {}),
@@ -27,8 +29,33 @@ CASES = {
     "fp8, one factor": (published.fp8(None, static=True), FP8 | {"weight_block_size": None, "activation_scheme": "static"}, {}),
     "fp8, default block": (published.fp8((128, 128)), {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}, {}),
     "fp8, experts": (published.fp8((16, 32)), FP8, {"raw": CONFIGS["mixtral"]}),
+    "float, channels": (published.compressed("float", 8, channel), config("float-quantized", "float", 8, "channel"), {}),
+    "float, one factor": (
+        published.compressed("float", 8, whole, scale=(1,)), config("float-quantized", "float", 8, "tensor"), {}
+    ),
+    "float, blocks": (
+        published.compressed("float", 8, lambda *_: (40, 24)),
+        config("float-quantized", "float", 8, "block", block_structure=[40, 24]), {},
+    ),
+    "int8, channels": (published.compressed("int", 8, channel), config("int-quantized", "int", 8, "channel"), {}),
+    "int8, zero points, experts": (
+        published.compressed("int", 8, channel, symmetric=False), config("int-quantized", "int", 8, "channel", symmetric=False),
+        {"raw": CONFIGS["mixtral"]},
+    ),
+    "naive int4": (published.compressed("int", 4, group), config("naive-quantized", "int", 4, "group", group_size=32), {}),
+    "packed int4": (
+        published.compressed("int", 4, group, packed=True), config("pack-quantized", "int", 4, "group", group_size=32), {}
+    ),
+    "packed int4, zero points": (
+        published.compressed("int", 4, group, packed=True, symmetric=False, factor=torch.float32),
+        config("pack-quantized", "int", 4, "group", group_size=32, symmetric=False), {},
+    ),
+    "packed int8, float16": (
+        published.compressed("int", 8, channel, packed=True, symmetric=False, factor=torch.float16),
+        config("pack-quantized", "int", 8, "channel", symmetric=False), {"dtype": torch.float16},
+    ),
     "mxfp4": (published.mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, {"raw": published.GPT_OSS}),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +145,24 @@ def test_fp8_is_what_transformers_dequantizes(made, case, dtype):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize("case", [case for case, (_, config, _) in CASES.items() if "config_groups" in config])
+def test_compressed_tensors_itself_gives_the_same_numbers(made, case):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    quantized, _ = made(case)
+    described = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(described).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(described["format"])
+    stored, found = tensors_of(quantized), read_all(unpacked(Checkpoint(quantized)), torch.float32)
+    stems = [name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")]
+    assert len(stems) >= 7 * LAYERS
+    for stem in stems:
+        beside = {f"weight{name.removeprefix(stem)}": tensor for name, tensor in stored.items() if name.startswith(stem)}
+        assert torch.equal(found[stem], compressor.decompress(beside, scheme)["weight"].float()), stem
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mxfp4_is_what_transformers_dequantizes(tmp_path, dtype):
     """Every byte with every exponent, those that overflow and the one that stands for no number among them."""
@@ -136,7 +181,7 @@ def test_mxfp4_is_what_transformers_dequantizes(tmp_path, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_itself_gives_the_same_logits(made, case):
     pytest.importorskip("accelerate", reason="from_pretrained needs it for quantized checkpoints")
-    if versions.installed() < (5, 23) or case == "fp8, edges":
+    if versions.installed() < (5, 23) or case in {"fp8, edges", "int8, zero points, experts"}:
         pytest.skip("transformers does not dequantize this")
     quantized, _ = made(case)
     expected = reference(quantized, torch.bfloat16)
@@ -199,6 +244,12 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.experts.down_proj"
 
 
+def changed(**fields):
+    groups = config("pack-quantized", "int", 4, "group", group_size=32)["config_groups"]
+    groups["group_0"]["weights"] |= fields
+    return groups
+
+
 def reshaped(name, *shape):
     return lambda tensors: tensors.update({name: tensors[name].reshape(-1)[:1].expand(shape).contiguous()})
 
@@ -220,6 +271,19 @@ def cast(name, dtype):
         ("fp8", reshaped(Q, 64), "should be a matrix"),
         ("fp8, one factor", reshaped(f"{Q}_scale_inv", 64, 1), "has shape (64, 1), and config.json asks for () or (1,)"),
         ("fp8, one factor", lambda t: t.pop(Q), f"{Q} is missing"),
+        ("int8, channels", lambda t: t.pop(f"{Q}_scale"), f"{Q}_scale is missing, which belongs to {Q}"),
+        ("int8, channels", cast(Q, torch.float8_e4m3fn), f"{Q} is float8_e4m3fn, not quantized"),
+        ("int8, channels", reshaped(f"{Q}_scale", 1), "has shape (1,), and config.json asks for (64, 1)"),
+        ("int8, channels", lambda t: t.update({f"{Q}_zero_point": torch.zeros(64, 1)}), "says that there are none (symmetric)"),
+        ("float, one factor", reshaped(f"{Q}_scale", 64, 1), "has shape (64, 1), and config.json asks for () or (1,)"),
+        ("packed int4", lambda t: t.pop(f"{Q}_shape"), f"{Q}_shape is missing"),
+        ("packed int4", cast(f"{Q}_packed", torch.int64), f"{Q}_packed is int64, not quantized"),
+        ("packed int4", reshaped(f"{Q}_packed", 64, 7), "56 columns of a weight are no whole groups of 32"),
+        ("packed int4", reshaped(f"{Q}_packed", 60, 8), "has shape (64, 2), and config.json asks for (60, 2)"),
+        ("packed int4", lambda t: t.update({Q: torch.zeros(64, 64)}), f"{Q} is there twice, plain and quantized"),
+        ("packed int4", lambda t: t.update({f"{Q}_shape": torch.tensor([64, 60])}), f"{Q}_shape says [64, 60], and the numbers"),
+        ("packed int4, zero points", lambda t: t.pop(f"{Q}_zero_point"), f"{Q}_zero_point is missing"),
+        ("packed int4, zero points", reshaped(f"{Q}_zero_point", 64, 2), "has shape (64, 2), and config.json asks for (8, 2)"),
         ("mxfp4", lambda t: t.pop(f"{DOWN}_scales"), f"{DOWN}_scales is missing"),
         ("mxfp4", lambda t: t.pop(f"{DOWN}_blocks"), f"{DOWN}_blocks is missing"),
         ("mxfp4", cast(f"{DOWN}_scales", torch.int8), "is int8 and should be uint8"),
@@ -251,6 +315,27 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ("fp8", {"quant_method": "mxfp4"}, "quantized (mxfp4) with activation_scheme"),
         ("fp8", {"quant_method": "bitsandbytes"}, "quantized (bitsandbytes), which this engine does not read"),
         ("fp8", {"quant_method": ["fp8"]}, "quantized (['fp8'])"),
+        ("packed int4", {"kv_cache_scheme": {"num_bits": 8}}, "with kv_cache_scheme"),
+        ("packed int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparsity_config"),
+        ("packed int4", {"quantization_status": "frozen"}, 'with quantization_status "frozen"'),
+        ("packed int4", {"format": "marlin-24"}, 'with format "marlin-24"'),
+        ("packed int4", {"transform_config": {"config_groups": {"u": {}}}}, "with transform_config"),
+        ("packed int4", {"config_groups": {}}, "with config_groups that do not say how"),
+        ("packed int4", {"config_groups": {"group_0": {"targets": ["Linear"]}}}, "with config_groups that do not say how"),
+        *(("packed int4", {"config_groups": changed(**fields)}, said) for fields, said in [
+            ({"actorder": "group"}, "with config_groups"),
+            ({"dynamic": True}, "with config_groups"),
+            ({"nonsense": 1}, "with config_groups"),
+            ({"num_bits": 3}, "with weights of num_bits 3, type int"),
+            ({"type": "float"}, "with weights of num_bits 4, type float"),
+            ({"strategy": "channel"}, "with weights of num_bits 4, type int, symmetric True, strategy channel, group_size 32"),
+            ({"strategy": None}, "with weights of"),
+            ({"group_size": -1}, "with weights of"),
+            ({"block_structure": [1, 2]}, "with weights of"),
+            ({"symmetric": False, "strategy": "tensor", "group_size": None}, "with weights of"),
+        ]),
+        ("packed int4", {"config_groups": changed() | {"group_1": changed(num_bits=8)["group_0"]}}, "in different ways"),
+        ("float, channels", {"config_groups": config("", "float", 8, "channel", symmetric=False)["config_groups"]}, "weights of"),
         ("mxfp4", {"rotation": 1}, "quantized (mxfp4) with rotation 1"),
     ],
 )  # fmt: skip
