@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from airllm_nb.compat import compressed
-from airllm_nb.compat.fields import anything, block, names, one_of
+from airllm_nb.compat.fields import anything, block, group_size, names, one_of
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
 PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
+
+MADE = (
+    "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment", "damp_percent", "dataset",
+    "disable_exllama", "exllama_config", "max_input_length", "meta", "model_file_base_name", "model_name_or_path", "model_seqlen",
+    "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pad_token_id", "static_groups", "tokenizer",
+    "true_sequential", "use_cuda_fp16", "use_exllama",
+)  # fmt: skip
+"""Fields of GPTQ that tell how the numbers were found, or by which kernel to multiply."""
 
 FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # transformers/utils/quantization_config.py: FineGrainedFP8Config; `fmt` is DeepSeek's, `ignored_layers` MiniMax's.
@@ -26,6 +34,18 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     # Mxfp4Config
     "mxfp4": {"dequantize": anything, "modules_to_not_convert": names},
+    # GPTQConfig, and what AutoGPTQ and GPTQModel write beside
+    "gptq": {
+        "bits": one_of(4), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
+        "checkpoint_format": one_of("gptq"), "format": one_of("gptq"), "is_marlin_format": one_of(False),
+        "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": one_of({}), "act_group_aware": anything,
+    } | dict.fromkeys(MADE, anything),
+    # AwqConfig
+    "awq": {
+        "bits": one_of(4), "group_size": group_size, "zero_point": one_of(True), "version": one_of("gemm", "GEMM"),
+        "format": one_of("gemm"), "modules_to_not_convert": names, "do_fuse": one_of(False), "fuse_max_seq_len": anything,
+        "backend": one_of("auto", "autoawq"),
+    },
     "compressed-tensors": {
         "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
         "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
@@ -34,6 +54,10 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
 }  # fmt: skip
 """The methods that are read, their fields, and which values of them. Each may also be absent or null, and others may be null."""
+
+
+STATED = {"gptq": ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
+"""What must stand there: defaults differ between those who write and who read."""
 
 
 def config_of(raw: Raw) -> Raw | None:
@@ -76,6 +100,9 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
         shown = json.dumps(value)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
         yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
+    for name in STATED.get(method, ()):
+        if config.get(name) is None:
+            yield UnsupportedError(f"{said}, and {name} is not said, by which they would be read.", PLAIN)
     if method == "compressed-tensors" and (odd := compressed.odd(config)):
         yield UnsupportedError(f"{said} with {odd}, which this engine does not read.", PLAIN)
     if method == "mxfp4" and part.get("model_type") != "gpt_oss":

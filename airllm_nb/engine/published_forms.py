@@ -14,7 +14,7 @@ import torch
 from airllm_nb.compat import compressed
 from airllm_nb.engine.checkpoint import TensorEntry
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.engine.unpacking import Blocks, Codes, MxFp4, OfShape, Packed, Zeros
+from airllm_nb.engine.unpacking import EACH, Awq, Blocks, ByInput, Codes, Gptq, MxFp4, OfShape, Packed, Zeros
 from airllm_nb.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,5 +200,58 @@ class CompressedTensors(Form):
         return (high, wide), (-(-rows // high), -(-columns // wide))
 
 
-FORMS: dict[str, type[Form]] = {"fp8": Fp8, "mxfp4": GptOss, "compressed-tensors": CompressedTensors}
+class Words(Form):
+    """What GPTQ and AWQ have in common: words of eight numbers, by inputs and outputs of a layer."""
+
+    numbers = ".qweight"
+    needed: tuple[str, ...] = (".qzeros", ".scales")
+    dtypes = (torch.int32,)
+
+    def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many inputs and outputs a matrix of words has."""
+        raise NotImplementedError
+
+    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
+        raise NotImplementedError
+
+    def weight(self, name: str, numbers: TensorEntry, beside: Mapping[str, TensorEntry]) -> TensorEntry:
+        """See `Form.weight`."""
+        inputs, outputs = self._shape(require_matrix(numbers))
+        size = self.config["group_size"]
+        size = max(inputs, 1) if size == -1 else size
+        if inputs % size or outputs % EACH:
+            raise CheckpointError(f"{numbers.name}: {inputs} inputs in groups of {size}, and {outputs} outputs.", APART)
+        require(beside[".qzeros"], self.dtypes, (inputs // size, outputs // EACH))
+        require(beside[".scales"], (torch.float16, torch.bfloat16), (inputs // size, outputs))
+        if ".g_idx" in self.needed:
+            require(beside[".g_idx"], (torch.int32,), (inputs,))
+        unpack = self._unpack(numbers.name, beside[".scales"].dtype)
+        return _made(name, (outputs, inputs), numbers, unpack, *(beside[ending] for ending in self.needed))
+
+
+class AutoGptq(Words):
+    """GPTQ in 4 bits."""
+
+    needed = (".qzeros", ".scales", ".g_idx")
+
+    def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] * EACH, shape[1]
+
+    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
+        return Gptq(name, factor, any_order=bool(self.config.get("desc_act")))
+
+
+class AutoAwq(Words):
+    """AWQ in 4 bits, with zero points."""
+
+    def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0], shape[1] * EACH
+
+    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
+        return Awq(name, factor)
+
+
+FORMS: dict[str, type[Form]] = {
+    "fp8": Fp8, "mxfp4": GptOss, "compressed-tensors": CompressedTensors, "gptq": AutoGptq, "awq": AutoAwq,
+}  # fmt: skip
 """By the ``quant_method`` of config.json."""

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from airllm_nb.compat.quantization import PLAIN
 from airllm_nb.engine.conversion import SERIAL
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.errors import CheckpointError
+from airllm_nb.errors import CheckpointError, UnsupportedError
 
 Grid = tuple[int, int]
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What four bits stand for: a sign, two bits of exponent, one of mantissa (E2M1 of the OCP Microscaling Formats 1.0, 5.3.3)."""
+BITS, EACH, LAST = 4, 8, 15
+"""Of whole numbers of four bits: how many in a word of 32, and the largest."""
+SHIFTS = torch.arange(0, 32, BITS, dtype=torch.int32, device="cpu")
 BIAS = 127
 """What is taken from an exponent that is stored as a byte (E8M0, 5.4.1 there)."""
 
@@ -146,6 +150,110 @@ class OfShape:
                 f"{self._name} says {shape.view(self._dtype).tolist()}, and the numbers beside it are {list(into.shape)}.", AGAIN
             )
         self._unpack(raw, into, *others)
+
+
+class ByInput:
+    """Numbers of four bits, a row for each input of the layer: the matrix that is wanted, transposed.
+
+    A group of inputs has one factor and one zero point for each output; the product is rounded to the factors' dtype.
+
+    Parameters
+    ----------
+    name : str
+        Of the tensor, for errors.
+    factor : torch.dtype
+        Of the factors.
+    """
+
+    def __init__(self, name: str, factor: torch.dtype) -> None:
+        self._name = name
+        self._factor = factor
+
+    def __call__(
+        self, raw: torch.Tensor, into: torch.Tensor, zeros: torch.Tensor, factors: torch.Tensor, *groups: torch.Tensor
+    ) -> None:
+        """Unpack into a matrix of any floating dtype.
+
+        Raises
+        ------
+        CheckpointError
+            If a zero point or the number of a group means nothing.
+        """
+        outputs, inputs = into.shape
+        if not into.numel():
+            return
+        scales = factors.view(self._factor).view(-1, outputs)
+        zero = self._zeros(zeros.view(torch.int32).view(len(scales), -1)).to(self._factor)
+        group = self._groups(inputs, len(scales), *groups)
+        step = max(SERIAL // outputs // EACH, 1) * EACH
+        for begin in range(0, inputs, step):
+            end = min(begin + step, inputs)
+            part = self._codes(raw.view(torch.int32), begin, end, outputs).to(self._factor)
+            part.sub_(zero[group[begin:end]]).mul_(scales[group[begin:end]])
+            into[:, begin:end].copy_(part.T)
+
+    def _codes(self, words: torch.Tensor, begin: int, end: int, outputs: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _zeros(self, words: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _groups(self, inputs: int, count: int, *_: torch.Tensor) -> torch.Tensor:
+        return torch.arange(inputs) // (inputs // count)
+
+
+class Gptq(ByInput):
+    """The layout of AutoGPTQ: a word has eight inputs of one output, and a zero point is stored less one.
+
+    See ``auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py`` of 0.7.1.
+
+    Parameters
+    ----------
+    name : str
+        Of the tensor, for errors.
+    factor : torch.dtype
+        Of the factors.
+    any_order : bool
+        Whether the inputs of a group may lie anywhere (``desc_act``).
+    """
+
+    def __init__(self, name: str, factor: torch.dtype, *, any_order: bool) -> None:
+        super().__init__(name, factor)
+        self._any_order = any_order
+
+    def _codes(self, words: torch.Tensor, begin: int, end: int, outputs: int) -> torch.Tensor:
+        rows = words.view(-1, 1, outputs)[begin // EACH : end // EACH]
+        return ((rows >> SHIFTS[:, None]) & LAST).view(-1, outputs)
+
+    def _zeros(self, words: torch.Tensor) -> torch.Tensor:
+        found = ((words[..., None] >> SHIFTS) & LAST).flatten(1)
+        if (found == LAST).any():  # some readers take the sum for 16, others for 0
+            raise UnsupportedError(f"A zero point of {self._name} is 15, which is 16 to some readers and 0 to others.", PLAIN)
+        return found + 1
+
+    def _groups(self, inputs: int, count: int, *groups: torch.Tensor) -> torch.Tensor:
+        found = groups[0].view(torch.int32).long()
+        usual = super()._groups(inputs, count)
+        if self._any_order and int(found.min()) >= 0 and int(found.max()) < count:
+            return found
+        if not torch.equal(found, usual):
+            raise CheckpointError(f"The g_idx of {self._name} is not what config.json says (desc_act, group_size).", AGAIN)
+        return usual
+
+
+class Awq(ByInput):
+    """The layout of AutoAWQ's "gemm": a word has eight outputs of one input, in the order of `ORDER`.
+
+    See ``awq/utils/packing_utils.py`` of 0.2.9.
+    """
+
+    ORDER = torch.tensor((0, 4, 1, 5, 2, 6, 3, 7), device="cpu")
+
+    def _codes(self, words: torch.Tensor, begin: int, end: int, outputs: int) -> torch.Tensor:
+        return self._zeros(words.view(-1, outputs // EACH)[begin:end])
+
+    def _zeros(self, words: torch.Tensor) -> torch.Tensor:
+        return ((words[..., None] >> (self.ORDER * BITS).to(torch.int32)) & LAST).flatten(1)
 
 
 class MxFp4:

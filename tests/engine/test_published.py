@@ -20,6 +20,8 @@ from airllm_nb.errors import CheckpointError, UnsupportedError
 
 IDS = torch.arange(4, 20)[None]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 32]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, "damp_percent": 0.1}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 channel, whole, group = (lambda _, columns: (1, columns)), (lambda *shape: shape), (lambda *_: (1, 32))
 config = published.compressed_config
 CASES = {
@@ -54,6 +56,12 @@ CASES = {
         published.compressed("int", 8, channel, packed=True, symmetric=False, factor=torch.float16),
         config("pack-quantized", "int", 8, "channel", symmetric=False), {"dtype": torch.float16},
     ),
+    "gptq": (published.gptq(32), GPTQ, {"dtype": torch.float16}),
+    "gptq, any order": (published.gptq(32, any_order=True), GPTQ | {"desc_act": True}, {"raw": CONFIGS["mixtral"]}),
+    "gptq, one group": (
+        published.gptq(96, factor=torch.bfloat16), GPTQ | {"group_size": -1}, {"hidden_size": 96, "head_dim": 24}
+    ),
+    "awq": (published.awq(32), AWQ, {"dtype": torch.float16}),
     "mxfp4": (published.mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, {"raw": published.GPT_OSS}),
 }  # fmt: skip
 
@@ -78,9 +86,14 @@ def load(path, **options):
     return LayeredModel.from_pretrained(path, **({"device": "cpu", "dtype": "float32"} | options))
 
 
-def reference(path, dtype):
+def reference(path, dtype, dequantized=()):
+    """Return transformers' model; what it would have dequantized lies in memory of its own, not where the file has it."""
     named = {"dtype" if versions.installed() >= (5,) else "torch_dtype": dtype}
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **named).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **named).eval()
+    for name, parameter in model.named_parameters():
+        if name in dequantized:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def tensors_of(folder):
@@ -112,7 +125,7 @@ def test_every_weight_is_unpacked_as_it_is_defined(made, case, dtype):
 @pytest.mark.parametrize("streams", [False, True], ids=["resident", "streaming"])
 def test_logits_are_those_of_the_plain_twin(made, case, dtype, streams):
     quantized, plain = made(case)
-    expected = reference(plain, dtype)
+    expected = reference(plain, dtype, {name for name, entry in unpacked(Checkpoint(quantized)).items() if entry.unpack})
     memory = plan(quantized, device="cpu", dtype=dtype).least if streams else "1GB"
     with torch.no_grad(), load(quantized, dtype=dtype, memory=memory) as model:
         assert not streams or not any(layer.resident for layer in model.layers)
@@ -181,7 +194,7 @@ def test_mxfp4_is_what_transformers_dequantizes(tmp_path, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_itself_gives_the_same_logits(made, case):
     pytest.importorskip("accelerate", reason="from_pretrained needs it for quantized checkpoints")
-    if versions.installed() < (5, 23) or case in {"fp8, edges", "int8, zero points, experts"}:
+    if versions.installed() < (5, 23) or case in {"fp8, edges", "int8, zero points, experts"} or "gptq" in case or case == "awq":
         pytest.skip("transformers does not dequantize this")
     quantized, _ = made(case)
     expected = reference(quantized, torch.bfloat16)
@@ -241,6 +254,7 @@ def damaged(made, tmp_path):
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+STEM = Q.removesuffix(".weight")
 DOWN = "model.layers.1.mlp.experts.down_proj"
 
 
@@ -284,6 +298,17 @@ def cast(name, dtype):
         ("packed int4", lambda t: t.update({f"{Q}_shape": torch.tensor([64, 60])}), f"{Q}_shape says [64, 60], and the numbers"),
         ("packed int4, zero points", lambda t: t.pop(f"{Q}_zero_point"), f"{Q}_zero_point is missing"),
         ("packed int4, zero points", reshaped(f"{Q}_zero_point", 64, 2), "has shape (64, 2), and config.json asks for (8, 2)"),
+        ("gptq", lambda t: t.pop(f"{STEM}.g_idx"), f"{STEM}.g_idx is missing"),
+        ("gptq", lambda t: t.pop(f"{STEM}.qweight"), f"{STEM}.qweight is missing"),
+        ("gptq", cast(f"{STEM}.scales", torch.float32), "is float32 and should be float16 or bfloat16"),
+        ("gptq", reshaped(f"{STEM}.qzeros", 2, 64), "has shape (2, 64), and config.json asks for (2, 8)"),
+        ("gptq", reshaped(f"{STEM}.qweight", 7, 64), "56 inputs in groups of 32"),
+        ("gptq", lambda t: t[f"{STEM}.g_idx"].fill_(1), f"The g_idx of {STEM}.qweight is not what config.json says"),
+        ("gptq, any order", lambda t: t[f"{STEM}.g_idx"].fill_(2), f"The g_idx of {STEM}.qweight is not what config.json says"),
+        ("gptq, any order", lambda t: t[f"{STEM}.g_idx"].fill_(-1), f"The g_idx of {STEM}.qweight is not what config.json says"),
+        ("awq", lambda t: t.pop(f"{STEM}.qzeros"), f"{STEM}.qzeros is missing"),
+        ("awq", reshaped(f"{STEM}.qweight", 64, 7), "has shape (2, 8), and config.json asks for (2, 7)"),
+        ("awq", lambda t: t.update({f"{STEM}.weight": torch.zeros(64, 64)}), f"{Q} is there twice, plain and quantized"),
         ("mxfp4", lambda t: t.pop(f"{DOWN}_scales"), f"{DOWN}_scales is missing"),
         ("mxfp4", lambda t: t.pop(f"{DOWN}_blocks"), f"{DOWN}_blocks is missing"),
         ("mxfp4", cast(f"{DOWN}_scales", torch.int8), "is int8 and should be uint8"),
@@ -336,6 +361,14 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ]),
         ("packed int4", {"config_groups": changed() | {"group_1": changed(num_bits=8)["group_0"]}}, "in different ways"),
         ("float, channels", {"config_groups": config("", "float", 8, "channel", symmetric=False)["config_groups"]}, "weights of"),
+        ("gptq", {"bits": 3}, "with bits 3"),
+        ("gptq", {"checkpoint_format": "gptq_v2"}, 'with checkpoint_format "gptq_v2"'),
+        ("gptq", {"dynamic": {"-:.*down": {}}}, "with dynamic"),
+        ("gptq", {"desc_act": None}, "and desc_act is not said"),
+        ("gptq", {"group_size": 0}, "with group_size 0"),
+        ("awq", {"version": "gemv"}, 'with version "gemv"'),
+        ("awq", {"zero_point": False}, "with zero_point false"),
+        ("awq", {"bits": True}, "with bits true"),
         ("mxfp4", {"rotation": 1}, "quantized (mxfp4) with rotation 1"),
     ],
 )  # fmt: skip
@@ -422,3 +455,8 @@ def test_a_tied_head_is_one_only_if_its_factors_are_too(made, tmp_path, stored):
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         assert torch.equal(head, embedding if stored == "same" else embedding * 2)
         assert (head.data_ptr() == embedding.data_ptr()) == (stored == "same")
+
+
+def test_a_zero_point_that_readers_take_differently_is_refused(damaged):
+    with pytest.raises(UnsupportedError, match="is 15, which is 16 to some readers and 0 to others"):
+        load(damaged("gptq", lambda tensors: tensors[f"{STEM}.qzeros"].fill_(-1)))
