@@ -14,7 +14,7 @@ import torch
 from airllm_nb.compat import compressed
 from airllm_nb.engine.checkpoint import TensorEntry
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.engine.unpacking import EACH, Awq, Blocks, ByInput, Codes, Gptq, MxFp4, OfShape, Packed, Zeros
+from airllm_nb.engine.unpacking import EACH, Blocks, Codes, Float8, Gptq, MxFp4, OfShape, Outputs, Packed
 from airllm_nb.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,7 +113,7 @@ class Fp8(Form):
             high, wide = block
             require(factors, FLOATS, (-(-rows // high), -(-columns // wide)))
         # In float32, and rounded once: as `Fp8Dequantize` of transformers 5.23 does.
-        unpack = Blocks(Codes(numbers.dtype), (high, wide), factors.dtype, torch.float32)
+        unpack = Blocks(Float8(numbers.dtype), (high, wide), factors.dtype, torch.float32)
         return _made(name, (rows, columns), numbers, unpack, factors)
 
 
@@ -167,17 +167,17 @@ class CompressedTensors(Form):
         grid = (-(-rows // block[0]), -(-columns // block[1])) if rows and columns else (0, 0)
         factors = beside[".weight_scale"]
         require(factors, FLOATS, *shapes)
-        zeros = None
+        packed, zeros = Packed(bits, 1 << (bits - 1)), None
         if ".weight_zero_point" in self.needed:
             stored = beside[".weight_zero_point"]
             if self._packed:
                 require(stored, (torch.int32,), (-(-grid[0] * bits // 32), grid[1]))
-                zeros = Zeros(Packed(bits), along_rows=True)
+                zeros = packed.zeros_of_rows
             else:
                 require(stored, (torch.int8,), *shapes)
-                zeros = Zeros(Codes(torch.int8))
+                zeros = Codes(torch.int8).zeros
         # In the factors' own dtype: as `_dequantize` of compressed-tensors 0.20 does.
-        codes = Packed(bits) if self._packed else Codes(numbers.dtype)
+        codes = packed if self._packed else Codes(numbers.dtype) if numbers.dtype == torch.int8 else Float8(numbers.dtype)
         unpack: Callable[..., None] = Blocks(codes, block, factors.dtype, factors.dtype, zeros)
         if self._packed:
             shape = beside[".weight_shape"]
@@ -204,14 +204,14 @@ class Words(Form):
     """What GPTQ and AWQ have in common: words of eight numbers, by inputs and outputs of a layer."""
 
     numbers = ".qweight"
-    needed: tuple[str, ...] = (".qzeros", ".scales")
+    needed: tuple[str, ...] = (".scales", ".qzeros")
     dtypes = (torch.int32,)
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return how many inputs and outputs a matrix of words has."""
         raise NotImplementedError
 
-    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
+    def _unpack(self, name: str, size: int, factor: torch.dtype) -> Blocks:
         raise NotImplementedError
 
     def weight(self, name: str, numbers: TensorEntry, beside: Mapping[str, TensorEntry]) -> TensorEntry:
@@ -225,20 +225,20 @@ class Words(Form):
         require(beside[".scales"], (torch.float16, torch.bfloat16), (inputs // size, outputs))
         if ".g_idx" in self.needed:
             require(beside[".g_idx"], (torch.int32,), (inputs,))
-        unpack = self._unpack(numbers.name, beside[".scales"].dtype)
+        unpack = self._unpack(numbers.name, size, beside[".scales"].dtype)
         return _made(name, (outputs, inputs), numbers, unpack, *(beside[ending] for ending in self.needed))
 
 
 class AutoGptq(Words):
     """GPTQ in 4 bits."""
 
-    needed = (".qzeros", ".scales", ".g_idx")
+    needed = (".scales", ".qzeros", ".g_idx")
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return shape[0] * EACH, shape[1]
 
-    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
-        return Gptq(name, factor, any_order=bool(self.config.get("desc_act")))
+    def _unpack(self, name: str, size: int, factor: torch.dtype) -> Blocks:
+        return Gptq(name, size, factor, any_order=self.config["desc_act"])
 
 
 class AutoAwq(Words):
@@ -247,8 +247,9 @@ class AutoAwq(Words):
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return shape[0], shape[1] * EACH
 
-    def _unpack(self, name: str, factor: torch.dtype) -> ByInput:
-        return Awq(name, factor)
+    def _unpack(self, _name: str, size: int, factor: torch.dtype) -> Blocks:
+        codes = Outputs()
+        return Blocks(codes, (1, size), factor, factor, codes.zeros, by_column=True)
 
 
 FORMS: dict[str, type[Form]] = {
