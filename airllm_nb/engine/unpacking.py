@@ -273,10 +273,9 @@ class MxFp4:
         columns, rows = into.shape
         if not into.numel():
             return
-        computed = torch.float32 if into.dtype == torch.float16 else into.dtype  # float16 has too few exponents
-        table = torch.tensor(FP4, dtype=computed, device="cpu")
+        table = torch.tensor(FP4, dtype=torch.float32, device="cpu")
         powers = exponents.view(rows, -1).T.to(torch.int32) - BIAS
-        factors = torch.ldexp(torch.ones(powers.shape, dtype=torch.float32, device="cpu"), powers).to(computed)
+        factors = torch.ldexp(torch.ones(powers.shape, dtype=torch.float32, device="cpu"), powers)
         infinite = bool((exponents == self.INFINITE).any())
         packed = raw.view(rows, -1).T.contiguous()
         half = self.GROUP // 2
