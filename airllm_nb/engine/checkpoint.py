@@ -58,6 +58,7 @@ class TensorEntry:
 
     def rows(self, first: int, count: int) -> TensorEntry:
         """Return `count` of its rows (of a stack: its matrices) from `first` on; companions must have as many as itself."""
+        assert all(companion.shape[0] == self.shape[0] for companion in self.companions)
         size = self.nbytes // self.shape[0]
         return replace(
             self, shape=(count, *self.shape[1:]), offset=self.offset + first * size, nbytes=count * size,

@@ -460,3 +460,17 @@ def test_a_tied_head_is_one_only_if_its_factors_are_too(made, tmp_path, stored):
 def test_a_zero_point_that_readers_take_differently_is_refused(damaged):
     with pytest.raises(UnsupportedError, match="is 15, which is 16 to some readers and 0 to others"):
         load(damaged("gptq", lambda tensors: tensors[f"{STEM}.qzeros"].fill_(-1)))
+
+
+def test_a_quantized_head_is_unpacked_and_not_packed_again(tmp_path):
+    def quantize(name, weight):
+        if (found := published.fp8((16, 32))(name.replace("lm_head", "model.layers.0.lm_head"), weight)) is None:
+            return None
+        return {key.replace("model.layers.0.lm_head", "lm_head"): tensor for key, tensor in found[0].items()}, found[1]
+
+    quantized, plain = published.publish(tmp_path, quantize, FP8, vocab_size=272)
+    expected = reference(plain, torch.bfloat16)
+    with torch.no_grad(), load(quantized, dtype="bfloat16") as model:
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    with pytest.raises(UnsupportedError, match="it is published in few bits itself"):
+        load(quantized, quantize="int8+head")
