@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from airllm_nb.compat import versions
+from airllm_nb.compat import quantization, versions
 from airllm_nb.compat.classic import classic, fit_to, inexpressible
 from airllm_nb.compat.versions import Raw, Version, rope_type
 from airllm_nb.compat.wellformed import faults
@@ -61,21 +61,33 @@ def load_config(folder: Path, raw: Raw, *, trust_remote_code: bool = False) -> A
         If the installed transformers does not know the architecture, or would compute it wrongly.
     """
     versions.require_supported()
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    own_code = trust_remote_code and raw.get("auto_map")  # which reads its own words, at the user's own risk
+    own_code = bool(trust_remote_code and raw.get("auto_map"))  # which reads its own words, at the user's own risk
     refuse({key: value for key, value in raw.items() if key == "quantization_config"} if own_code else raw)
-    model_type = raw.get("model_type")
+    if own_code and quantization.config_of(raw):
+        raise UnsupportedError(
+            "This checkpoint brings its own code, and weights that are quantized: they are unpacked for transformers' code only.",
+            f"Leave out trust_remote_code if transformers knows the model. {quantization.PLAIN}",
+        )
     try:
-        if own_code:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        understood = in_words_of(raw, versions.installed())
-        if understood is raw or model_type not in CONFIG_MAPPING:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # unless told so, it asks, and runs code at a "y"
-        with quiet():  # it would warn of what was rewritten
-            return CONFIG_MAPPING[model_type].from_dict(understood)
+        config = _read(folder, raw, own_code=own_code)
     except Exception as error:
         raise _explain(error, raw, CONFIG_MAPPING, trust_remote_code=trust_remote_code) from error
+    quantization.forget(config)
+    return config
+
+
+def _read(folder: Path, raw: Raw, *, own_code: bool) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if own_code:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    understood, model_type = in_words_of(raw, versions.installed()), raw.get("model_type")
+    if understood is raw or model_type not in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # unless told so, it asks, and runs code at a "y"
+    with quiet():  # it would warn of what was rewritten
+        return CONFIG_MAPPING[model_type].from_dict(understood)
 
 
 def in_words_of(raw: Raw, version: Version) -> Raw:
@@ -127,12 +139,7 @@ def refusals(raw: Raw, version: Version | None = None) -> Iterator[UnsupportedEr
         return
     version = version or versions.installed()
     for part in language_parts(raw):
-        if quantization := part.get("quantization_config"):
-            yield UnsupportedError(
-                f"The weights of this checkpoint are quantized ({quantization.get('quant_method', '?')}), "
-                "which this engine does not read.",
-                "Use the checkpoint with bfloat16, float16 or float32 weights.",
-            )
+        yield from quantization.refusals(part)
         plain = classic(part)
         for need in versions.unmet(plain, version):
             yield need.error(version)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ DTYPES = {
 class TensorEntry:
     """Where one tensor lies: `nbytes` bytes from `offset` of `file`, in C order.
 
-    Those of a tensor that is to be unpacked (its `dtype` is uint8 then) become numbers by ``unpack(bytes, into)``.
+    Those of a tensor that is to be unpacked (its `dtype` is uint8 then) become numbers by ``unpack(bytes, into)``, and if other
+    tensors are needed for that, the `companions`, by ``unpack(bytes, into, bytes of each of them)``.
     """
 
     name: str
@@ -47,7 +48,22 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
-    unpack: Callable[[torch.Tensor, torch.Tensor], None] | None = field(default=None, compare=False)
+    unpack: Callable[..., None] | None = field(default=None, compare=False)
+    companions: tuple[TensorEntry, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """All that must be read for it."""
+        return (self, *self.companions)
+
+    def rows(self, first: int, count: int) -> TensorEntry:
+        """Return `count` of its rows (of a stack: its matrices) from `first` on; companions must have as many as itself."""
+        assert all(companion.shape[0] == self.shape[0] for companion in self.companions)
+        size = self.nbytes // self.shape[0]
+        return replace(
+            self, shape=(count, *self.shape[1:]), offset=self.offset + first * size, nbytes=count * size,
+            companions=tuple(companion.rows(first, count) for companion in self.companions),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,16 @@ class Checkpoint(Mapping[str, TensorEntry]):
         other._entries = {**self._entries, **{entry.name: entry for entry in entries}}  # noqa: SLF001  # our own
         return other
 
+    def holding(self, entries: Iterable[TensorEntry]) -> Checkpoint:
+        """Return a checkpoint of the same files that has these tensors and no others."""
+        other = copy.copy(self)
+        other._entries = {entry.name: entry for entry in entries}  # noqa: SLF001  # our own
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
-        return sum(entry.nbytes for entry in self.values())
+        return sum(part.nbytes for entry in self.values() for part in entry.stored)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -102,9 +102,7 @@ def _sources(recipe: Recipe, shape: tuple[int, ...], checkpoint: Checkpoint) -> 
     entries = [checkpoint[source] for source in recipe.sources]
     if len(entries) == 1:
         (entry,) = entries
-        nbytes = numel * entry.dtype.itemsize
-        parts = [replace(entry, shape=shape[1:], offset=entry.offset + n * nbytes, nbytes=nbytes) for n in range(count)]
-        return tuple((part,) for part in parts)
+        return tuple((replace(entry.rows(n, 1), shape=shape[1:]),) for n in range(count))
     each = len(entries) // count
     parted = tuple(tuple(entries[n * each : (n + 1) * each]) for n in range(count))
     fits = len(entries) == each * count and all(sum(math.prod(e.shape) for e in part) == numel for part in parted)

@@ -84,7 +84,7 @@ def hash_of_model(model: LayeredModel) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED_BY}
     found = hashlib.sha256(hash_of(config).encode())
     checkpoint = model.plan.work.checkpoint
-    for name, entry in sorted(checkpoint.items()):
+    for name, entry in sorted((part.name, part) for whole in checkpoint.values() for part in whole.stored):
         page = memoryview(bytearray(min(PAGE, entry.nbytes)))
         model._reader.read(entry.file, entry.offset + (entry.nbytes - len(page)) // 2, page, keep_cached=True)  # noqa: SLF001
         found.update(f"{name} {entry.dtype} {entry.shape}\n".encode() + page)

@@ -24,6 +24,7 @@ from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.packed import Packing
+from airllm_nb.engine.published import unpacked
 from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
@@ -170,4 +171,6 @@ def _small_files(path: Path, state: FileState) -> Path:
 
 def open_checkpoint(path: Path, headers: Mapping[str, tuple[int, bytes]] | None = None) -> Checkpoint:
     """Return the checkpoint of a folder, or of a GGUF file; `headers` are for planning, as `hub.locate_headers` returns them."""
-    return GGUFCheckpoint(path, here=headers is None) if path.suffix.lower() == ".gguf" else Checkpoint(path, headers)
+    if path.suffix.lower() == ".gguf":
+        return GGUFCheckpoint(path, here=headers is None)
+    return unpacked(Checkpoint(path, headers))

@@ -110,6 +110,10 @@ def prepare(
     published, packed = checkpoint.nbytes, None
     if packing is not None:
         small = quantized(skeleton, packing, head=head)
+        if small.head and any(checkpoint[name].companions for recipe in small.head.recipes for name in recipe.sources):
+            raise UnsupportedError(  # it would be read some rows at a time
+                "The head of this model cannot be quantized: it is published in few bits itself.", "Leave out +head."
+            )
         packed = PackedCache(small, checkpoint, name, trust_remote_code=trust_remote_code)
         packed.require_shareable(shared)
         skeleton, checkpoint = packed.skeleton, packed.joined()
@@ -181,11 +185,12 @@ def _budget(asked: str | float, device: torch.device, reserve: int, least: int, 
 def _streamed(skeleton: Skeleton, layers: Sequence[LayerInfo], checkpoint: Checkpoint) -> int:
     """Return the bytes on disk of the layers that stream."""
     return sum(
-        checkpoint[source].nbytes
+        part.nbytes
         for layer, info in zip(skeleton.layers, layers, strict=True)
         if not info.resident
         for recipe in layer.group.recipes
         for source in recipe.sources
+        for part in checkpoint[source].stored
     )
 
 

@@ -109,7 +109,7 @@ def work_of(whole: Skeleton, skeleton: Skeleton, checkpoint: Checkpoint, decisio
 
 
 def _entries(recipes: Sequence[Recipe], checkpoint: Checkpoint) -> tuple[TensorEntry, ...]:
-    return tuple(checkpoint[source] for recipe in recipes for source in recipe.sources)
+    return tuple(part for recipe in recipes for source in recipe.sources for part in checkpoint[source].stored)
 
 
 def _nbytes(entries: Sequence[TensorEntry]) -> int:

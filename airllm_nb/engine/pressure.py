@@ -113,9 +113,10 @@ class Watch:
         layers = tuple(replace(layer, resident=layer.resident and layer.index not in released) for layer in plan.layers)
         entries = [
             () if layer.resident else tuple(
-                plan.work.checkpoint[source]
+                part
                 for recipe in self._layers[layer.index].group.recipes
                 for source in recipe.sources
+                for part in plan.work.checkpoint[source].stored
             )
             for layer in layers
         ]  # fmt: skip

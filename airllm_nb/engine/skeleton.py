@@ -14,7 +14,7 @@ from torch import nn
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import keys, multimodal, versions
 from airllm_nb.engine import decoder_layers
-from airllm_nb.engine.checkpoint import Checkpoint, read_config
+from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry, read_config
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.readable import AGAIN, reading
 from airllm_nb.engine.reader import CHUNK
@@ -88,7 +88,7 @@ def build(
     _check_complete(owners, places, folder)
 
     layers = decoder_layers.find(model)
-    embedding = _embedding(model, recipes, owners, places)
+    embedding = _embedding(model, recipes, owners, places, checkpoint)
     members: dict[str | None, list[keys.Recipe]] = {path: [] for path in (None, EMBEDDING, *layers)}
     for recipe in recipes:
         homes = {_home(name, layers, places) for target in recipe.targets for name in owners[target]}
@@ -205,11 +205,13 @@ def _untied(
 def _same_bytes(checkpoint: Checkpoint, one: keys.Recipe, other: keys.Recipe) -> bool:
     if one.convert or other.convert:
         return False
-    first, second = checkpoint[one.sources[0]], checkpoint[other.sources[0]]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    first, second = checkpoint[one.sources[0]].stored, checkpoint[other.sources[0]].stored
+    if [(part.dtype, part.shape) for part in first] != [(part.dtype, part.shape) for part in second]:
         return False
-    if not checkpoint.states:  # planning from headers alone
-        return True
+    return not checkpoint.states or all(map(_equal, first, second))  # without states: planning from headers alone
+
+
+def _equal(first: TensorEntry, second: TensorEntry) -> bool:
     with reading(first.file), first.file.open("rb") as left, second.file.open("rb") as right:
         left.seek(first.offset)
         right.seek(second.offset)
@@ -232,7 +234,7 @@ def _check_complete(owners: dict[str, list[str]], places: dict[str, Place], fold
 
 
 def _embedding(
-    model: Any, recipes: Sequence[keys.Recipe], owners: dict[str, list[str]], places: dict[str, Place]
+    model: Any, recipes: Sequence[keys.Recipe], owners: dict[str, list[str]], places: dict[str, Place], checkpoint: Checkpoint
 ) -> keys.Recipe | None:
     """Return what makes the weight of the input embedding, if that is one tensor as published and has one place in the model."""
     try:
@@ -244,7 +246,8 @@ def _embedding(
     for recipe in recipes:
         held = [(id(places[name].table), places[name].attribute) for target in recipe.targets for name in owners[target]]
         if held == [(id(module._parameters), "weight")]:  # noqa: SLF001
-            return recipe if recipe.convert is None else None
+            # The rows of what is unpacked with other tensors' help need not be rows of those.
+            return recipe if recipe.convert is None and not checkpoint[recipe.sources[0]].companions else None
     return None
 
 

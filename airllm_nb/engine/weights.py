@@ -268,8 +268,7 @@ class GroupReader:
     def fill_rows(self, group: WeightGroup, first: int, into: torch.Tensor, *, keep_cached: bool = True) -> None:
         """Read neighbouring rows of a group's only weight, which one tensor is: as many as `into` has, from row `first` on."""
         entry = self._checkpoint[group.recipes[0].sources[0]]
-        size = entry.nbytes // entry.shape[0]
-        rows = replace(entry, shape=tuple(into.shape), offset=entry.offset + first * size, nbytes=len(into) * size)
+        rows = entry.rows(first, len(into))
         self.read([rows], into, keep_cached=keep_cached)  # of an embedding, the common ones come again
 
     def read(self, entries: Iterable[TensorEntry], into: torch.Tensor, *, keep_cached: bool) -> int:
@@ -283,14 +282,25 @@ class GroupReader:
         for entry in entries:
             end = begin + math.prod(entry.shape)
             if entry.unpack is not None:
-                raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
-                missed += self._reader.read(entry.file, entry.offset, as_bytes(raw), keep_cached=keep_cached)
-                entry.unpack(raw, flat[begin:end].view(entry.shape))
+                missed += self._unpack(entry, flat[begin:end].view(entry.shape), keep_cached=keep_cached)
             elif entry.dtype == into.dtype:
                 missed += self._reader.read(entry.file, entry.offset, as_bytes(flat[begin:end]), keep_cached=keep_cached)
             else:
                 missed += self._read_and_convert(entry, flat[begin:end], converter, keep_cached=keep_cached)
             begin = end
+        return missed
+
+    def _unpack(self, entry: TensorEntry, into: torch.Tensor, *, keep_cached: bool) -> int:
+        if len(entry.shape) > 2:  # noqa: PLR2004  # a stack: one matrix after the other, and only its bytes are there meanwhile
+            parts = (replace(part, shape=part.shape[1:]) for part in (entry.rows(n, 1) for n in range(entry.shape[0])))
+            return sum(self._unpack(part, into[n], keep_cached=keep_cached) for n, part in enumerate(parts))
+        missed, read = 0, []
+        for part in entry.stored:
+            read.append(torch.empty(part.nbytes, dtype=torch.uint8, device="cpu"))
+            missed += self._reader.read(part.file, part.offset, as_bytes(read[-1]), keep_cached=keep_cached)
+        numbers, *others = read
+        assert entry.unpack is not None
+        entry.unpack(numbers, into, *others)
         return missed
 
     def _read_and_convert(

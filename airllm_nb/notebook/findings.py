@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from airllm_nb import __version__
 from airllm_nb.compat import versions  # facts that need neither torch nor transformers: there may be none
 from airllm_nb.engine.interrupts import interrupt_later
-from airllm_nb.errors import AirLLMError, MemoryBudgetError
+from airllm_nb.errors import AirLLMError, MemoryBudgetError, UnsupportedError
 from airllm_nb.notebook.imports import import_engine
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def of_model(
         As for `LayeredModel.from_pretrained`.
     """
     from airllm_nb.engine import hub
-    from airllm_nb.engine.checkpoint import read_config
+    from airllm_nb.engine.checkpoint import Checkpoint, read_config
     from airllm_nb.engine.gguf_checkpoint import open_checkpoint
     from airllm_nb.engine.planning import named
 
@@ -141,7 +141,13 @@ def of_model(
         folder, headers = hub.locate_headers(named(model)[1], revision=revision)
         if folder.is_dir():  # before its weights are looked at: of a GGUF file both come together
             found += _config(folder, read_config(folder), trust_remote_code=trust_remote_code)
-        found += _place(open_checkpoint(folder, headers), device, dtype, shared)
+        try:
+            checkpoint = open_checkpoint(folder, headers)
+        except UnsupportedError:  # of weights in few bits, as was told above
+            if not folder.is_dir() or all(one.ok for one in found):
+                raise
+            checkpoint = Checkpoint(folder, headers)
+        found += _place(checkpoint, device, dtype, shared)
         if all(one.ok for one in found):
             options = {"revision": revision, "trust_remote_code": trust_remote_code, "shared": shared}
             found += _fit(model, device=device, dtype=dtype, memory=memory, **options)

@@ -98,10 +98,10 @@ def test_the_remedy_is_a_version_that_is_not_refused():
 
 
 def test_every_reason_is_told():
-    raw = kind("deepseek_v2", rope_scaling=YARN, quantization_config={"quant_method": "fp8"})
+    raw = kind("deepseek_v2", rope_scaling=YARN, quantization_config={"quant_method": "aqlm"})
     told = [refusal.cause for refusal in config.refusals(raw, (4, 50))]
     assert len(told) == 4
-    for cause, words in zip(told, ("(fp8)", "DeepSeek-V2 exactly", "outside of Llama", "yarn of DeepSeek-V2"), strict=True):
+    for cause, words in zip(told, ("(aqlm)", "DeepSeek-V2 exactly", "outside of Llama", "yarn of DeepSeek-V2"), strict=True):
         assert words in cause
 
 

@@ -189,7 +189,7 @@ def test_damaged_files(damaged):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, ["✗ exact The weights of this checkpoint are quantized (gptq)"]),
+        ({"quantization_config": {"quant_method": "aqlm"}}, ["✗ exact The weights of this checkpoint are quantized (aqlm)"]),
         ({"model_type": "nosuchmodel"}, ["✗ config.json", "does not know the architecture 'nosuchmodel'"]),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, ["it brings its own code", "--trust-remote-code"]),
         ({"rope_scaling": {"rope_type": "foo", "factor": 2.0}}, ["of type 'foo'", "Write one of", "llama3"]),

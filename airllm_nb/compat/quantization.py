@@ -1,0 +1,116 @@
+"""What a ``quantization_config`` says of the weights, as far as all of it is understood.
+
+Checkpoints that others have quantized are read where their weights can be unpacked to just what transformers makes of them when
+it dequantizes. A field that is not known here may change what the numbers mean: then the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from airllm_nb.compat import compressed
+from airllm_nb.compat.fields import anything, block, group_size, names, one_of
+from airllm_nb.compat.versions import Raw
+from airllm_nb.errors import UnsupportedError
+
+PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
+
+MADE = (
+    "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment", "damp_percent", "dataset",
+    "disable_exllama", "exllama_config", "max_input_length", "meta", "model_file_base_name", "model_name_or_path", "model_seqlen",
+    "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pad_token_id", "static_groups", "tokenizer",
+    "true_sequential", "use_cuda_fp16", "use_exllama",
+)  # fmt: skip
+"""Fields of GPTQ that tell how the numbers were found, or by which kernel to multiply."""
+
+FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    # transformers/utils/quantization_config.py: FineGrainedFP8Config; `fmt` is DeepSeek's, `ignored_layers` MiniMax's.
+    "fp8": {
+        "activation_scheme": one_of("dynamic", "static"), "dequantize": anything, "expert_dtype": one_of("fp8"),
+        "fmt": one_of("e4m3"), "ignored_layers": names, "modules_to_convert": one_of([]), "modules_to_not_convert": names,
+        "scale_fmt": one_of("float", "ue8m0"), "weight_block_size": block,
+    },
+    # Mxfp4Config
+    "mxfp4": {"dequantize": anything, "modules_to_not_convert": names},
+    # GPTQConfig, and what AutoGPTQ and GPTQModel write beside
+    "gptq": {
+        "bits": one_of(4), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
+        "checkpoint_format": one_of("gptq"), "format": one_of("gptq"), "is_marlin_format": one_of(False),
+        "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": one_of({}), "act_group_aware": anything,
+    } | dict.fromkeys(MADE, anything),
+    # AwqConfig
+    "awq": {
+        "bits": one_of(4), "group_size": group_size, "zero_point": one_of(True), "version": one_of("gemm", "GEMM"),
+        "format": one_of("gemm"), "modules_to_not_convert": names, "do_fuse": one_of(False), "fuse_max_seq_len": anything,
+        "backend": one_of("auto", "autoawq"),
+    },
+    "compressed-tensors": {
+        "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
+        "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
+        "run_compressed": anything, "sparsity_config": compressed.is_dense, "transform_config": one_of({}),
+        "use_optimized_inference": anything, "version": anything,
+    },
+}  # fmt: skip
+"""The methods that are read, their fields, and which values of them. Each may also be absent or null, and others may be null."""
+
+
+STATED = {"gptq": ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
+"""What must stand there: defaults differ between those who write and who read."""
+
+
+def config_of(raw: Raw) -> Raw | None:
+    """Return the ``quantization_config`` of a config.json, be it that of its text part; None where the weights are plain.
+
+    Raises
+    ------
+    UnsupportedError
+        If weights of this kind are not read.
+    """
+    for part in _parts(raw):
+        if found := part.get("quantization_config"):
+            for refusal in refusals(part):
+                raise refusal
+            config: Raw = found
+            return config
+    return None
+
+
+def _parts(raw: Raw) -> Iterator[Raw]:
+    yield raw
+    if isinstance(text := raw.get("text_config"), dict):
+        yield text
+
+
+def refusals(part: Raw) -> Iterator[UnsupportedError]:
+    """Yield every reason not to read the quantized weights of a config.json, or of its text part."""
+    config = part.get("quantization_config")
+    if not config:
+        return
+    method = config.get("quant_method", "?") if isinstance(config, dict) else config
+    said = f"The weights of this checkpoint are quantized ({method})"
+    if not isinstance(method, str) or method not in FIELDS:
+        yield UnsupportedError(f"{said}, which this engine does not read.", PLAIN)
+        return
+    for name, value in config.items():
+        known = FIELDS[method].get(name)
+        if name == "quant_method" or value is None or (known and known(value)):
+            continue
+        shown = json.dumps(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
+        yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
+    for name in STATED.get(method, ()):
+        if config.get(name) is None:
+            yield UnsupportedError(f"{said}, and {name} is not said, by which they would be read.", PLAIN)
+    if method == "compressed-tensors" and (odd := compressed.odd(config)):
+        yield UnsupportedError(f"{said} with {odd}, which this engine does not read.", PLAIN)
+    if method == "mxfp4" and part.get("model_type") != "gpt_oss":
+        yield UnsupportedError(f"{said}, which is read of gpt_oss, and this is {part.get('model_type')!r}.", PLAIN)
+
+
+def forget(config: Any) -> None:
+    """Let transformers' config object say nothing of quantized weights: the model gets unpacked ones."""
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and "quantization_config" in vars(part):
+            del part.quantization_config

@@ -1,0 +1,84 @@
+"""A checkpoint that others have quantized, as one of plain weights: they are unpacked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from airllm_nb.compat import quantization
+from airllm_nb.compat.wellformed import faults
+from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry, read_config
+from airllm_nb.engine.published_forms import APART, FORMS, Form
+from airllm_nb.engine.readable import AGAIN
+from airllm_nb.errors import CheckpointError, UnsupportedError
+
+
+def unpacked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in which each quantized weight is one tensor; itself if its config.json speaks of none.
+
+    Raises
+    ------
+    UnsupportedError
+        If its weights are quantized in a way that is not read.
+    CheckpointError
+        If a tensor that belongs to a quantized weight is missing, or is not what it should be.
+    """
+    raw = read_config(checkpoint.folder)
+    if any(faults(raw)) or (config := quantization.config_of(raw)) is None:
+        return checkpoint  # what is wrong with a config.json is told by who loads it
+    method = config["quant_method"]
+    entries = list(_entries(checkpoint, FORMS[method](config)))
+    if not any(entry.unpack for entry in entries):
+        raise UnsupportedError(
+            f"The weights of this checkpoint are quantized ({method}), says config.json, and none of its tensors is.",
+            "If they are plain, remove quantization_config from config.json; else fetch the checkpoint again.",
+        )
+    whole = checkpoint.holding(entries)
+    if len(whole) < len(entries):
+        name = next(entry.name for entry in entries if entry is not whole[entry.name])
+        raise CheckpointError(f"{name} is there twice, plain and quantized.", APART)
+    return whole
+
+
+def _entries(checkpoint: Checkpoint, form: Form) -> Iterator[TensorEntry]:
+    """Yield the plain tensors and the unpacked ones, in the order of the files."""
+    groups: dict[str, dict[str, TensorEntry]] = {}
+    endings = (form.numbers, *form.needed, *form.optional, *form.dropped)
+    ending_of = {name: max((end for end in endings if name.endswith(end)), key=len, default=None) for name in checkpoint}
+    for name, ending in ending_of.items():
+        if ending is not None:
+            groups.setdefault(name.removesuffix(ending), {})[ending] = checkpoint[name]
+    for name, entry in checkpoint.items():
+        ending = ending_of[name]
+        if ending is None:
+            yield entry
+            continue
+        stem = name.removesuffix(ending)
+        group = groups[stem]
+        if len(group) == 1 and ending == form.numbers and entry.dtype not in form.dtypes:
+            yield entry  # a norm, or a layer that was left as it is
+            continue
+        _require_whole(stem, group, form)
+        if ending == form.numbers:
+            _require_meant(stem, form)
+            yield form.weight(stem + form.becomes, entry, group)
+
+
+def _require_whole(stem: str, group: Mapping[str, TensorEntry], form: Form) -> None:
+    """Refuse a weight that is not all there, and what belongs to a weight that is not quantized."""
+    for ending in (form.numbers, *form.needed):
+        if ending not in group:
+            other = next(iter(group.values())).name
+            raise CheckpointError(f"{stem}{ending} is missing, which belongs to {other}.", AGAIN)
+    numbers = group[form.numbers]
+    if numbers.dtype not in form.dtypes:
+        dtype = str(numbers.dtype).removeprefix("torch.")
+        beside = next(entry for ending, entry in group.items() if ending != form.numbers)
+        raise CheckpointError(f"{numbers.name} is {dtype}, not quantized, and {beside.name} belongs to it.", APART)
+
+
+def _require_meant(stem: str, form: Form) -> None:
+    """Refuse a quantized weight of a module that config.json says is plain."""
+    lists = ("modules_to_not_convert", "ignored_layers", "ignore")
+    for name in (name for key in lists for name in form.config.get(key) or ()):
+        if stem == name or stem.startswith(f"{name}.") or stem.endswith(f".{name}"):
+            raise CheckpointError(f"{stem} is quantized, and config.json says that it is not (with {name!r}).", APART)
