@@ -78,9 +78,10 @@ def make_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(head)
     writer.add_vocab_size(WORDS)
-    for name, value in (fields or {}).items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     _add_tokenizer(writer, architecture)
+    adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for name, value in (fields or {}).items():
+        adders[type(value)](name, value)
     rng = np.random.default_rng(0)
     for name, tensor in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
@@ -144,6 +145,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, architecture: str) -> None:
         writer.add_token_scores([0.0] * WORDS)
     else:
         writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
     for name, number in (("pad", 0), ("bos", 1), ("eos", 2), ("unk", 3)):
         getattr(writer, f"add_{name}_token_id")(number)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from airllm_nb.compat.gguf_files import ARCHITECTURES
+from airllm_nb.compat.gguf_files import ARCHITECTURES, splits
 from airllm_nb.errors import UnsupportedError
 
 WINDOWED = ("gemma2", "gemma3")
@@ -18,6 +18,23 @@ OWN_SCALE = {"gemma2": 46, "gemma3": 62}
 MISTRAL = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8}
 """Mistral 7B. The first version has a window of 4,096 tokens, which no field tells, and a base of 10,000; later ones neither."""
 WINDOW, BASE = 4096, 10000
+
+
+READ = frozenset((
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window", "attn_logit_softcapping",
+    "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale", "expert_count",
+))  # fmt: skip
+"""Fields of an architecture that transformers reads, or that are looked at here."""
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,), "expert_used_count": (0,), "pooling_type": (0,), "rope.scaling.attn_factor": (1.0,),
+    "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}  # fmt: skip
+"""Others, and the values with which they change nothing."""
+GEMMA = ("gemma2", "gemma3")
 
 
 def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> None:
@@ -47,7 +64,7 @@ def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> No
             f"{name} is one of {parts} parts of a model.", "Merge them (llama-gguf-split --merge), or use its safetensors files."
         )
     own = {key.partition(".")[2]: value for key, value in fields.items() if key.startswith(f"{architecture}.")}
-    for what in _unread(architecture, own, str(fields.get("general.name"))):
+    for what in (*_tokenizer(architecture, fields), *_unread(architecture, own, str(fields.get("general.name")))):
         raise UnsupportedError(
             f"{name} has {what}, which transformers does not read from GGUF files.", "Use the model's safetensors files."
         )
@@ -62,6 +79,30 @@ def _unread(architecture: str, own: dict[str, Any], name: str) -> Iterator[str]:
         yield f"{own['expert_count']} experts in each layer"
     if architecture == "llama":
         yield from _mistral(own, name)
+    for key, value in own.items():
+        if key not in READ and (key not in HARMLESS or value not in HARMLESS[key]):
+            yield f"the field {architecture}.{key}" + ("" if value is None else f" ({value})")
+
+
+def _tokenizer(architecture: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what transformers takes no notice of where it makes the tokenizer."""
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    kind, before = own.get("model"), own.get("pre")
+    if kind not in ("gpt2", "llama"):
+        yield f"a tokenizer of the kind {kind}"
+    if kind == "gpt2" and before not in splits():
+        yield (
+            "a tokenizer that does not say how it splits words"
+            if before is None
+            else f"a tokenizer that splits words as {before}"
+        )
+    if kind == "llama":
+        prefixed = architecture not in GEMMA
+        if bool(own.get("add_space_prefix", prefixed)) != prefixed:
+            yield f"a tokenizer that {'puts no' if prefixed else 'puts a'} space before a text"
+        for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+            if own.get(key, False) is not False:
+                yield f"a tokenizer with {key}"
 
 
 def _heads(own: dict[str, Any]) -> Iterator[str]:

@@ -39,8 +39,36 @@ def require_supported() -> None:
         raise AirLLMError(f"GGUF files need the package gguf: {error}.", '%pip install "airllm_nb[demo]"') from error
 
 
-def write_small_files(path: Path, folder: Path) -> None:
+def splits() -> frozenset[str]:
+    """Return by which names (``tokenizer.ggml.pre``) a file may say how its byte-level tokenizer splits words.
+
+    Of any other, transformers takes GPT-2's way without a word.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    return frozenset((*GGUF_PRE_TOKENIZER_SPLITS, *OWN_SPLITS, "gpt-2"))
+
+
+def _by_digits() -> Any:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+OWN_SPLITS: dict[str, Callable[[], Any]] = {"smollm": _by_digits}
+"""Those that transformers does not know, and how the published tokenizers of these models have them."""
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def write_small_files(path: Path, folder: Path, split: str | None) -> None:
     """Write the config, the generation config and the tokenizer of a GGUF file as the files of a published model.
+
+    Parameters
+    ----------
+    path, folder : Path
+        The file, and where they are written to.
+    split : str or None
+        By what name the file says how its tokenizer splits words.
 
     Raises
     ------
@@ -58,6 +86,8 @@ def write_small_files(path: Path, folder: Path) -> None:
             raise CheckpointError(
                 f"The tokenizer or the config of {path.name} cannot be read: {first_line(error)}", "Use the safetensors files."
             ) from error
+        if split in OWN_SPLITS:
+            tokenizer.backend_tokenizer.pre_tokenizer = OWN_SPLITS[split]()
         config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]  # noqa: SLF001
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import os
 import shutil
@@ -29,6 +30,7 @@ from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 FOLDER = "gguf"
+VERSION = "1"  # counted up when the same file gives other ones
 DIGITS = 12
 PIECE = 1 << 18
 """Numbers that are unpacked at once: between them lie several copies, which should stay in the processor's cache."""
@@ -54,9 +56,9 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, here: bool = True) -> None:
         gguf_files.require_supported()
         state = FileState.of(path.stat())
-        header = _read(path)
+        header, digest = _read(path)
         require_exact(path.name, header.architecture, header.fields)
-        self.folder = _small_files(path, state)
+        self.folder = _small_files(path, header, digest)
         self.states = {path: state} if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
@@ -142,23 +144,29 @@ def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorE
     return TensorEntry(name, torch.uint8, shape, *place, Unpack(tensor.kind, order, change))
 
 
-def _read(path: Path) -> Header:
+def _read(path: Path) -> tuple[Header, str]:
+    """Return a file's header, and what tells its bytes from all others."""
     with reading(path), io.BufferedReader(opened(path)) as file:
-        return read_header(file, path.name, os.fstat(file.fileno()).st_size)
+        header = read_header(file, path.name, os.fstat(file.fileno()).st_size)
+        end = file.tell()
+        file.seek(0)
+        return header, hashlib.sha256(file.read(end)).hexdigest()
 
 
-def _small_files(path: Path, state: FileState) -> Path:
-    """Return the folder with config and tokenizer of a file, which is made once."""
-    key = hashlib.sha256(f"{path.absolute()} {state.size} {state.mtime_ns}".encode()).hexdigest()[:DIGITS]
+def _small_files(path: Path, header: Header, digest: str) -> Path:
+    """Return the folder with config and tokenizer of a file, made once by each version of the packages that make them."""
+    makers = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf")]
+    key = hashlib.sha256(" ".join((VERSION, digest, *makers)).encode()).hexdigest()[:DIGITS]
     folder = cache_home() / FOLDER / f"{path.stem}-{key}"
-    if (folder / "config.json").is_file():
+    if all((folder / name).is_file() for name in gguf_files.SMALL_FILES):
         return folder
+    split = header.fields.get("tokenizer.ggml.pre")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:
             whole = Path(temporary) / folder.name
             whole.mkdir()
-            gguf_files.write_small_files(path, whole)
+            gguf_files.write_small_files(path, whole, None if split is None else str(split))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(whole, folder)  # noqa: PTH105
     except OSError as error:

@@ -18,7 +18,7 @@ KINDS = ("Q4_0", "Q4_1", "Q4_K")
 
 def lies_on(kind: Any, packing: Packing) -> bool:
     """Tell whether weights that a file has as `kind`, a ``gguf.GGMLQuantizationType``, need no rounding to be packed so."""
-    return kind.name in KINDS and packing == Int4(GROUP)
+    return kind.name in KINDS and isinstance(packing, Int4) and packing.group == GROUP
 
 
 def repack(raw: torch.Tensor, kind: Any, shape: tuple[int, ...], order: torch.Tensor | None = None) -> torch.Tensor:

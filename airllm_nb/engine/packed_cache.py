@@ -62,6 +62,8 @@ class PackedCache:
         self._checkpoint = checkpoint
         self._name = name
         self._trust = trust_remote_code
+        if isinstance(quantized.packing, Int4) and quantized.packing.rounding == "gptq":
+            self._refuse_on_grid()
         key = packed_key.key(quantized, checkpoint)
         self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
@@ -209,6 +211,15 @@ class PackedCache:
         meant = {weight.name for weight in self.skeleton.layers[index].group.weights.values() if weight.meant}
         found = on_grid(self._checkpoint, self._quantized.original.layers[index].group, self._quantized.packing)
         return {name: entry for name, entry in found.items() if name in meant}
+
+    def _refuse_on_grid(self) -> None:
+        """Refuse to round anew, by compensating errors that there are not."""
+        if any(self._on_grid(index) for index in range(len(self.skeleton.layers))):
+            plain = f"int4-{self._quantized.packing.group}" if isinstance(self._quantized.packing, Int4) else ""
+            raise AirLLMError(
+                f"Layers of {self._name} are in 4 bits already, with the very groups of {plain}: gptq would only move them.",
+                f'Load it with quantize="{plain}", which keeps their codes.',
+            )
 
     def _packed(self, index: int, views: Tensors, packed: Tensors, reader: Reader | None = None) -> Iterator[torch.Tensor]:
         """Return the tensors of a layer's file, in their order; what is packed already, here or there, need not be."""

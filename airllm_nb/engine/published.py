@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
 
 from airllm_nb.compat import quantization
 from airllm_nb.compat.wellformed import faults
@@ -10,6 +12,8 @@ from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry, read_config
 from airllm_nb.engine.published_forms import APART, FORMS, Form
 from airllm_nb.engine.readable import AGAIN
 from airllm_nb.errors import CheckpointError, UnsupportedError
+
+FLOAT8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2"))
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
@@ -24,9 +28,11 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     """
     raw = read_config(checkpoint.folder)
     if any(faults(raw)) or (config := quantization.config_of(raw)) is None:
+        _refuse_bare(checkpoint.values())
         return checkpoint  # what is wrong with a config.json is told by who loads it
     method = config["quant_method"]
     entries = list(_entries(checkpoint, FORMS[method](config)))
+    _refuse_bare(entries)
     if not any(entry.unpack for entry in entries):
         raise UnsupportedError(
             f"The weights of this checkpoint are quantized ({method}), says config.json, and none of its tensors is.",
@@ -37,6 +43,17 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
         name = next(entry.name for entry in entries if entry is not whole[entry.name])
         raise CheckpointError(f"{name} is there twice, plain and quantized.", APART)
     return whole
+
+
+def _refuse_bare(entries: Iterable[TensorEntry]) -> None:
+    """Refuse numbers of 8 bits that nobody has told how to unpack, and factors that nobody has taken."""
+    for entry in entries:
+        if entry.unpack is None and (entry.dtype in FLOAT8 or entry.name.endswith("_scale_inv")):
+            dtype = str(entry.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"{entry.name} ({dtype}) belongs to a weight that is quantized in a way that is not read.",
+                "Use the checkpoint with bfloat16, float16 or float32 weights.",
+            )
 
 
 def _entries(checkpoint: Checkpoint, form: Form) -> Iterator[TensorEntry]:

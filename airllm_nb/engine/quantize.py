@@ -61,13 +61,13 @@ def asked(quantize: str) -> tuple[Packing, bool]:
         If there is no such quantization.
     """
     layers = str(quantize).removesuffix(HEAD)
-    return packing_of(layers), layers != str(quantize)
+    return packing_of(layers, quantize), layers != str(quantize)
 
 
-def packing_of(name: str) -> Packing:
+def packing_of(name: str, asked_for: str | None = None) -> Packing:
     """Return the packing that a user names: ``"int8"``, ``"int4"`` (groups of 64 weights), or ``"int4-32"`` and so on.
 
-    With ``-gptq`` at its end, 4-bit weights are rounded with compensated errors.
+    With ``-gptq`` at its end, 4-bit weights are rounded with compensated errors. Errors show what was `asked_for`.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def packing_of(name: str) -> Packing:
             return Int4(group, "gptq" if found[2] else "nearest")
     groups = ", ".join(f"int4-{group}" for group in GROUPS)
     raise AirLLMError(
-        f"There is no quantization {name!r}.",
+        f"There is no quantization {name if asked_for is None else asked_for!r}.",
         f'Use "int8", "int4", or with groups of another size: {groups}; "int4-gptq" rounds better, "int4{HEAD}" packs the head.',
     )
 

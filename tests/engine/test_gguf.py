@@ -1,5 +1,8 @@
 """GGUF files: the numbers of transformers' own unpacking and naming, whatever stays in memory."""
 
+import os
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -117,6 +120,42 @@ def test_small_files_are_written_once(tmp_path, home):
     assert "config.json" in before
     with load(path):
         assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_small_files_that_were_removed_are_written_again(tmp_path, home):
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    with load(path) as model:
+        expected = model(IDS).logits
+    (folder,) = (home / "gguf").iterdir()
+    for name in gguf_files.SMALL_FILES:
+        (folder / name).unlink()
+        with load(path) as model:
+            assert torch.equal(model(IDS).logits, expected)
+            assert model.tokenizer.vocab_size
+
+
+def test_another_header_gives_other_small_files_whatever_its_time(tmp_path):
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    other = make_gguf(tmp_path / "other.gguf", "llama", fields={"llama.rope.freq_base": 500.0})
+    before = path.stat()
+    with load(path) as model:
+        assert model.config.rope_parameters["rope_theta"] == 10000.0
+    shutil.copyfile(other, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with load(path) as model:
+        assert model.config.rope_parameters["rope_theta"] == 500.0
+
+
+def test_words_are_split_as_the_file_says(tmp_path):
+    """As the published tokenizer of SmolLM: each digit alone, and no digit with the space before it."""
+    texts = ["a 2024 b", "  1", "12"]
+    for split, expected in (
+        ("smollm", [["a", "Ġ", "2", "0", "2", "4", "Ġb"], ["ĠĠ", "1"], ["1", "2"]]),
+        ("gpt-2", [["a", "Ġ2024", "Ġb"], ["Ġ", "Ġ1"], ["12"]]),
+    ):
+        with load(make_gguf(tmp_path / f"{split}.gguf", "llama", fields={"tokenizer.ggml.pre": split})) as model:
+            splitter = model.tokenizer.backend_tokenizer.pre_tokenizer
+            assert [[word for word, _ in splitter.pre_tokenize_str(text)] for text in texts] == expected
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

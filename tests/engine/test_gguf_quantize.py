@@ -12,7 +12,7 @@ from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import gguf_files, versions
 from airllm_nb.engine import gguf_grid
 from airllm_nb.engine.packed import Int4, Int8
-from airllm_nb.errors import CheckpointError
+from airllm_nb.errors import AirLLMError, CheckpointError
 
 pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
 IDS = torch.arange(4, 104)[None]
@@ -109,3 +109,12 @@ def test_a_scale_that_is_none_is_refused(tmp_path):
         file.write(b"\xff\x7f")
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight cannot be quantized: a weight is not finite"):
         load(path, quantize="int4-32")
+
+
+@pytest.mark.parametrize("kind", ON_GRID)
+def test_gptq_does_not_move_what_is_on_a_grid(tmp_path, kind):
+    path = make_gguf(tmp_path / "llama.gguf", "llama", kind, width=WIDE, inner=WIDE)
+    with pytest.raises(AirLLMError, match="are in 4 bits already, with the very groups of int4-32") as refused:
+        plan(path, device="cpu", quantize="int4-32-gptq")
+    assert refused.value.remedy == 'Load it with quantize="int4-32", which keeps their codes.'
+    assert plan(path, device="cpu", quantize="int4-gptq").quantized

@@ -144,6 +144,14 @@ def test_other_architectures_are_refused_by_name(tmp_path, architecture):
         ("gemma2", {"gemma2.block_count": 46}, "27B parameters and a scale of the attention of its own"),
         ("llama", {"llama.expert_count": 8}, "8 experts in each layer"),
         ("llama", {"llama.attention.scale": 0.25}, "attention.scale 0.25"),
+        ("llama", {"llama.attention.causal": False}, "the field llama.attention.causal (False)"),
+        ("gemma3", {"gemma3.rope.freq_base_swa": 5000.0}, "the field gemma3.rope.freq_base_swa (5000.0)"),
+        ("qwen3", {"qwen3.never_heard_of": 1}, "the field qwen3.never_heard_of (1)"),
+        ("llama", {"tokenizer.ggml.pre": "command-r"}, "a tokenizer that splits words as command-r"),
+        ("phi3", {"tokenizer.ggml.add_space_prefix": False}, "a tokenizer that puts no space before a text"),
+        ("gemma2", {"tokenizer.ggml.add_space_prefix": True}, "a tokenizer that puts a space before a text"),
+        ("phi3", {"tokenizer.ggml.remove_extra_whitespaces": True}, "a tokenizer with remove_extra_whitespaces"),
+        ("llama", {"tokenizer.ggml.model": "bert"}, "a tokenizer of the kind bert"),
         ("llama", {"general.name": "mistral"}, 'the very name "mistral"'),
         ("llama", {"general.name": "Mistral 7B Instruct v0.1", "llama.context_length": 32768}, "a sliding window of 4096 tokens"),
     ],
@@ -161,6 +169,9 @@ def test_what_transformers_would_compute_otherwise(tmp_path, architecture, field
         ("llama", {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}),
         ("llama", {"general.name": "Mistral 7B Instruct v0.3", "llama.context_length": 32768, "llama.rope.freq_base": 1e6}),
         ("llama", {"llama.expert_count": 0}),
+        ("llama", {"llama.attention.causal": True, "llama.tensor_data_layout": "Meta AI original pth"}),
+        ("gemma3", {"tokenizer.ggml.add_space_prefix": False}),
+        ("qwen2", {"tokenizer.ggml.pre": "qwen2"}),
     ],
 )
 def test_what_changes_nothing_is_read(tmp_path, architecture, fields):
@@ -181,6 +192,7 @@ def test_a_relative_of_mistral_is_known_by_its_shape(base, context, refused):
     """Zephyr, for one: a model of another name, tuned from the version with the window."""
     fields = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8, "attention.head_count": 32,
               "rope.freq_base": base, "context_length": context}  # fmt: skip
-    said = {"general.name": "zephyr"} | {f"llama.{key}": value for key, value in fields.items()}
+    tokenizer = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    said = {"general.name": "zephyr", **tokenizer} | {f"llama.{key}": value for key, value in fields.items()}
     with pytest.raises(UnsupportedError, match="a sliding window of 4096") if refused else contextlib.nullcontext():
         require_exact("zephyr.gguf", "llama", said)

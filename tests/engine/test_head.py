@@ -91,7 +91,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
         load(odd, "int8+head")
     with pytest.raises(AirLLMError, match="There is no quantization 'int4\\+tail'"):
         load(odd, "int4+tail")
-    with pytest.raises(AirLLMError, match="There is no quantization ''"):
+    with pytest.raises(AirLLMError, match="There is no quantization '\\+head'"):
         load(odd, "+head")
 
 

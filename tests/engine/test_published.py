@@ -474,3 +474,21 @@ def test_a_quantized_head_is_unpacked_and_not_packed_again(tmp_path):
         assert torch.equal(model(IDS).logits, expected(IDS).logits)
     with pytest.raises(UnsupportedError, match="it is published in few bits itself"):
         load(quantized, quantize="int8+head")
+
+
+def test_float8_that_nobody_tells_how_to_unpack_is_refused(damaged):
+    """A stack of experts, whose factors have another name; and a tensor of a checkpoint that says nothing of it."""
+
+    def stack(tensors):
+        tensors["model.layers.0.mlp.experts.gate_up_proj"] = tensors[Q][None].clone()
+        tensors["model.layers.0.mlp.experts.gate_up_proj_scale_inv"] = torch.ones(1, 1, 1)
+
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj(_scale_inv)? .* is quantized in a way that is not read"):
+        load(folder := damaged("fp8", stack))
+    shutil.rmtree(folder)
+    folder = damaged("fp8", lambda tensors: tensors.pop(f"{Q}_scale_inv"))
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedError, match="is quantized in a way that is not read"):
+        load(folder)
