@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from airllm_nb.engine.checkpoint import Checkpoint, FileState
 from airllm_nb.engine.page_cache import Residue
-from airllm_nb.engine.patience import require_here
 from airllm_nb.engine.readable import opened
 from airllm_nb.errors import AirLLMError, CheckpointError
 
@@ -44,6 +43,7 @@ class Reader:
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
+        self._left: dict[Path, _File] = {}  # files of the process that this one was forked from
         self._asked: dict[int, float] = {}  # by thread: since when it waits for the disk
         self.stopped = False
         """Set it to end a read that is under way."""
@@ -72,9 +72,8 @@ class Reader:
         CheckpointError
             If the file was removed, replaced, truncated or rewritten, or the disk gives an error.
         AirLLMError
-            In a forked process, or if it is `stopped`.
+            If it is `stopped`.
         """
-        require_here(self._process)  # a thread that stayed there may have held any of the locks
         try:
             file = self._open(path)
             missed = self._fill(file, path, offset, into, keep_cached=keep_cached)
@@ -89,7 +88,6 @@ class Reader:
 
     def is_cached(self, path: Path, offset: int) -> bool | None:
         """Tell whether the page cache holds the byte at `offset` of a file, reading nothing; None if that cannot be known."""
-        require_here(self._process)
         file = self._open(path)
         with file.lock:
             return file.residue.holds(offset)
@@ -108,6 +106,9 @@ class Reader:
                 file.file.close()
 
     def _open(self, path: Path) -> _File:
+        if os.getpid() != self._process:  # forked: any lock may be held for ever by a thread that stayed there
+            self._lock, self._left, self._files = threading.Lock(), self._files, {}
+            self._process = os.getpid()
         with self._lock:
             if path not in self._files:
                 file = opened(path)
