@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m airllm_nb.bench", description=main.__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; d is all of d; all if none is named")
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "airllm_nb_bench",
-                        help="folder for the checkpoints, up to 22 GB, which are made if they are not there")  # fmt: skip
+                        help="folder for the checkpoints, up to 34 GB, which are made if they are not there")  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, help="one shape for all rows, instead of each row's own")
     parser.add_argument("--tokens", type=int, default=5, help="tokens that count, of each run (5)")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON",

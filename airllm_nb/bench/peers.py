@@ -49,7 +49,10 @@ def write_gguf(folder: Path) -> Path:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("gpt2")  # any will do, but our own engine refuses a file without one
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab", *(f"<{number}>" for number in range(3, config["vocab_size"]))])
+    writer.add_token_merges(["a b"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     kinds: dict[str, Any] = {}

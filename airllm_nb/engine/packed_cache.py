@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from airllm_nb.compat.keys import Tensors
-from airllm_nb.engine import calibration, packed_key
+from airllm_nb.engine import calibration, packed_key, threads
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.head import PACKING, packed_rows
 from airllm_nb.engine.home import cache_home
@@ -172,7 +172,7 @@ class PackedCache:
         missing = self.missing()
         sources = {index: self._source(index) for index in missing if index < len(self.skeleton.layers)}
         buffer = torch.empty(max((group.nbytes for group in sources.values()), default=0), dtype=torch.uint8, device="cpu")
-        with contextlib.closing(Reader(self._checkpoint)) as reader:
+        with threads.one(), contextlib.closing(Reader(self._checkpoint)) as reader:
             groups = GroupReader(self._checkpoint, reader)
             for index in missing:
                 begin(index)

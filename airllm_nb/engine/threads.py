@@ -81,3 +81,14 @@ def applied() -> Iterator[Threads]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def one() -> Iterator[None]:
+    """Compute on the calling thread alone, where work comes in pieces so small that several would mostly wait for each other."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)

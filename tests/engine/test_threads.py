@@ -152,3 +152,15 @@ def test_a_real_quota():
     finally:
         group.rmdir()
     assert run.stdout == "1; the container may use 1 core; 1\n", run.stderr
+
+
+def test_one_thread_for_a_while():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt), threads.one():
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
