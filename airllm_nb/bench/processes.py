@@ -82,9 +82,9 @@ class Bench:
             )
         return found
 
-    def packed(self, folder: Path, quantize: str, *, anew: bool = False) -> dict[str, Any]:
-        """Have a checkpoint's layers packed, `anew` also if they are there; returns what that took."""
-        if anew or (folder, quantize) not in self.took:
+    def packed(self, folder: Path, quantize: str) -> dict[str, Any]:
+        """Have a checkpoint's layers packed, anew the first time; returns what that took."""
+        if (folder, quantize) not in self.took:
             self.took[folder, quantize] = self.side("packs", folder, dtype="bfloat16", quantize=quantize)
         return self.took[folder, quantize]
 

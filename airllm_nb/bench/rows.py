@@ -201,12 +201,12 @@ def _quantized_under_half(bench: Bench, quantize: str) -> dict[str, Any]:
 
 
 def _packing(bench: Bench) -> Found:
-    found = {name: bench.packed(bench.folder("3b"), name, anew=True) for name in ("int4", "int8")}
+    found = {name: bench.packed(bench.folder("3b"), name) for name in ("int4", "int8")}
     return min(one["input"] / 1e6 / one["seconds of a core"] for one in found.values()), found
 
 
 def _packing_peak(bench: Bench) -> Found:
-    found = {name: bench.packed(bench.folder("3b"), name, anew=True) for name in ("int4", "int8")}
+    found = {name: bench.packed(bench.folder("3b"), name) for name in ("int4", "int8")}
     return max(one["peak"] / one["layer"] for one in found.values()), found
 
 

@@ -63,7 +63,7 @@ class PackedCache:
         self._name = name
         self._trust = trust_remote_code
         if isinstance(quantized.packing, Int4) and quantized.packing.rounding == "gptq":
-            self._refuse_on_grid()
+            self._refuse_on_grid(Int4(quantized.packing.group))
         key = packed_key.key(quantized, checkpoint)
         self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
@@ -212,10 +212,9 @@ class PackedCache:
         found = on_grid(self._checkpoint, self._quantized.original.layers[index].group, self._quantized.packing)
         return {name: entry for name, entry in found.items() if name in meant}
 
-    def _refuse_on_grid(self) -> None:
-        """Refuse to round anew, by compensating errors that there are not."""
+    def _refuse_on_grid(self, plain: Int4) -> None:
+        """Refuse to round anew what `plain` keeps as it is, by compensating errors that there are not."""
         if any(self._on_grid(index) for index in range(len(self.skeleton.layers))):
-            plain = f"int4-{self._quantized.packing.group}" if isinstance(self._quantized.packing, Int4) else ""
             raise AirLLMError(
                 f"Layers of {self._name} are in 4 bits already, with the very groups of {plain}: gptq would only move them.",
                 f'Load it with quantize="{plain}", which keeps their codes.',
