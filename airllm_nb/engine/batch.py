@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StopStringCriteria
+import transformers  # not its names: below the floor they are missing, and importing must go well until that is said
 
 from airllm_nb.compat import dynamic
 from airllm_nb.engine import decoding
@@ -39,7 +39,7 @@ class Batch:
         self._ended = [False] * len(rows)
         self._ends = decoding.as_set(model.generation_config.eos_token_id)
         stop_strings = model.generation_config.stop_strings  # transformers ends a row at these, and says so to nobody
-        self._stops = StopStringCriteria(model.tokenizer, stop_strings) if stop_strings else None
+        self._stops = transformers.StopStringCriteria(model.tokenizer, stop_strings) if stop_strings else None
 
     def generate(self, seed: int | None, listener: Listener | None) -> None:
         """Compute until all rows have ended, and tell `listener` of it.
