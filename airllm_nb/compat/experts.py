@@ -7,6 +7,7 @@ default) or gathered for each token (``batched_mm``). Before, and in classes wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from airllm_nb.compat import config as compat_config
@@ -28,16 +29,23 @@ def stacks(model: Any) -> list[tuple[str, ...]]:
     model : transformers.PreTrainedModel
         With parameters on meta.
     """
+    return [names for _, names in _modules(model)]
+
+
+def turned(model: Any) -> frozenset[str]:
+    """Return the names of those stacks whose matrices lie as (inputs, outputs), and not as those of linear layers."""
+    return frozenset(name for module, names in _modules(model) if module.is_transposed for name in names)
+
+
+def _modules(model: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
     if versions.installed() < (5,):
-        return []
-    found = []
+        return
     for path, module in model.named_modules():
         if all(hasattr(module, mark) for mark in MARKS):
             shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
             stacked = [name for name, shape in shapes.items() if len(shape) == 3]  # noqa: PLR2004  # experts, rows, columns
             if stacked and len({shapes[name][0] for name in stacked}) == 1:
-                found.append(tuple(f"{path}.{name}" for name in stacked))
-    return found
+                yield module, tuple(f"{path}.{name}" for name in stacked)
 
 
 def per_token(config: Any) -> int | None:

@@ -179,9 +179,9 @@ class Calibration:
         handles = []
         try:
             for weight in stored_weights(own, self._quantized.packing):
-                if weight.meant:
+                linear = modules.get(id(weight.places[0].table))
+                if weight.meant and isinstance(linear, nn.Linear):  # and no stack of experts
                     compensate = functools.partial(self._compensate, weight, views[weight.name], packed)
-                    linear = modules[id(weight.places[0].table)]
                     handles.append(linear.register_forward_pre_hook(compensate, with_kwargs=True))
             module.forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
         finally:

@@ -11,6 +11,7 @@ import torch
 from airllm_nb.compat import experts as compat_experts
 from airllm_nb.compat.keys import Recipe
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
+from airllm_nb.engine.packed_weight import Meant
 from airllm_nb.engine.skeleton import Layer, Skeleton
 from airllm_nb.engine.weights import ALIGN, Place, WeightGroup
 
@@ -38,6 +39,8 @@ class ExpertStack:
         For each expert what its matrix consists of, one after the other.
     partner : int or None
         Number of the stack that the same experts need next.
+    meant : Meant or None
+        What the bytes of one matrix mean that is packed: dtype and shape are then those of its bytes.
     """
 
     name: str
@@ -47,6 +50,7 @@ class ExpertStack:
     places: tuple[Place, ...]
     sources: tuple[tuple[TensorEntry, ...], ...]
     partner: int | None
+    meant: Meant | None = None
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +95,8 @@ def _stacks(
             weight = group.weights[name]
             partner = number if number < begin + len(names) else None
             phase = weight.offset % ALIGN
-            yield ExpertStack(name, weight.dtype, weight.shape[1:], phase, weight.places, sources, partner)
+            meant = weight.meant and weight.meant._replace(shape=weight.meant.shape[1:])
+            yield ExpertStack(name, weight.dtype, weight.shape[1:], phase, weight.places, sources, partner, meant)
 
 
 def _sources(recipe: Recipe, shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[tuple[TensorEntry, ...], ...] | None:

@@ -85,7 +85,9 @@ class PackedCache:
         where = f"{format_size(self.nbytes)} in {folder}"
         left = self._about().get("nearest", [])
         unreached = (
-            f"; {len(left)} rounded to the nearest, as the calibration text does not reach them ({left[0]})" if left else ""
+            f"; {len(left)} rounded to the nearest, as stacks of experts and what the calibration text does not reach ({left[0]})"
+            if left
+            else ""
         )
         return f"{describe(self._quantized)}{unreached}; {where}{', to be written first' if missing else ''}"
 
@@ -229,7 +231,7 @@ class PackedCache:
             elif reader and weight.name in there:
                 yield _finite(repacked, there[weight.name], reader, name=weight.name)
             else:
-                yield _packed(views[weight.name], weight) if weight.meant else views[weight.name]
+                yield from _packed(views[weight.name], weight)
 
     def _packed_head(self, groups: GroupReader) -> Iterator[torch.Tensor]:
         """Return those of the head's file."""
@@ -256,9 +258,13 @@ class PackedCache:
         )
 
 
-def _packed(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
-    assert weight.meant is not None
-    return _nearest(tensor, weight.meant.packing, weight.name)
+def _packed(tensor: torch.Tensor, weight: Weight) -> Iterator[torch.Tensor]:
+    """Return a weight as it is stored; of a stack one matrix after the other, so that only one is in memory beside it."""
+    if not weight.meant:
+        yield tensor
+        return
+    for matrix in tensor.view(-1, *tensor.shape[-2:]):
+        yield _nearest(matrix, weight.meant.packing, weight.name)
 
 
 def _nearest(tensor: torch.Tensor, packing: Packing, name: str) -> torch.Tensor:

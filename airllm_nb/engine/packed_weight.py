@@ -39,10 +39,10 @@ class PackedWeight(Away):
         return self.meant.packing.dense(self.memory, self.meant.shape, self.meant.dtype)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> PackedWeight:
-        return packed_weight(self.label, self.memory.clone(), self.meant)
+        return packed_weight(self.label, self.memory.clone(), self.meant, type(self))
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        return packed_weight, (self.label, self.memory, self.meant)
+        return packed_weight, (self.label, self.memory, self.meant, type(self))
 
     @classmethod
     def __torch_function__(
@@ -104,9 +104,9 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(torch.Tensor) if isinstance(value, Unpacked) else value
 
 
-def packed_weight(name: str, memory: torch.Tensor, meant: Meant) -> PackedWeight:
+def packed_weight(name: str, memory: torch.Tensor, meant: Meant, kind: type[PackedWeight] = PackedWeight) -> PackedWeight:
     """Return the parameter whose packed weight lies in `memory`, uint8 and flat."""
-    parameter = PackedWeight(torch.empty(meant.shape, dtype=meant.dtype, device="meta"), requires_grad=False)
+    parameter = kind(torch.empty(meant.shape, dtype=meant.dtype, device="meta"), requires_grad=False)
     parameter.label, parameter.home, parameter.changes = name, memory.device, []
     parameter.meant, parameter.memory = meant, memory
     return parameter

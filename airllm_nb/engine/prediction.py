@@ -117,7 +117,7 @@ def _nbytes(entries: Sequence[TensorEntry]) -> int:
 
 
 def _is_expert(weight: Weight) -> bool:
-    return ".experts." in weight.name and len(weight.shape) > 1
+    return ".experts." in weight.name and len((weight.meant or weight).shape) > 1
 
 
 @dataclass(frozen=True)

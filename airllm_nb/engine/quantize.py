@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from airllm_nb.compat import experts
 from airllm_nb.compat.keys import Recipe
 from airllm_nb.engine.head import PACKING, packed_head
 from airllm_nb.engine.packed import Int4, Int8, Packing, layout
@@ -88,7 +90,7 @@ def packing_of(name: str, asked_for: str | None = None) -> Packing:
 
 
 def quantized(skeleton: Skeleton, packing: Packing, *, head: bool = False) -> Quantized:
-    """Let the linear layers of each decoder layer have packed weights, and perhaps the head.
+    """Let the linear layers of each decoder layer have packed weights, and its stacks of experts, and perhaps the head.
 
     Left as they are: what is no plain linear layer's own (it would be unpacked at every use), what computes in another dtype than
     its layer, and shapes that no kernel takes. Embeddings and norms stay.
@@ -105,7 +107,8 @@ def quantized(skeleton: Skeleton, packing: Packing, *, head: bool = False) -> Qu
     if isinstance(packing, Int4):
         layout()  # whether there is a kernel
     left: dict[str, str] = {}
-    layers = tuple(Layer(layer.module, _packed(layer, packing, skeleton.model.dtype, left)) for layer in skeleton.layers)
+    choice = _choice(skeleton, packing)
+    layers = tuple(Layer(layer.module, _packed(layer, choice, left)) for layer in skeleton.layers)
     if not any(weight.meant for layer in layers for weight in layer.group.weights.values()):
         name, why = next(iter(left.items()), ("its layers", "they have no matrices"))
         raise UnsupportedError(f"Nothing of this model can be quantized: {name}: {why}.", "Load it without quantize.")
@@ -120,45 +123,71 @@ def stored(packing: Packing, name: str, *_others: str) -> str:
     return f"{packing}:{name}"
 
 
-def _packed(layer: Layer, packing: Packing, dtype: torch.dtype, left: dict[str, str]) -> WeightGroup:
+def _packed(layer: Layer, choice: _Choice, left: dict[str, str]) -> WeightGroup:
     """Return a layer's weights, packed where that can be; adds to `left` what is not."""
     group = layer.group
-    linear = {id(module._parameters) for module in layer.module.modules() if _is_plain(module)}  # noqa: SLF001
     alone = {name: recipe for recipe in group.recipes if len(recipe.targets) == 1 for name in recipe.targets}
-    kept = [recipe for name, recipe in alone.items() if _stays(group.weights[name], linear, packing, dtype)]
+    kept = [recipe for name, recipe in alone.items() if _stays(group.weights[name], choice)]
     stays = {name for recipe in kept for name in recipe.targets}
     parameters, recipes = [], []
     for weight in group.weights.values():
         if weight.name in stays:
             parameters.append(Parameter(weight.name, weight.dtype, weight.shape, weight.places))
         else:
-            parameters.append(parameter := _parameter(weight, linear, packing, dtype))
-            recipes.append(Recipe((stored(packing, weight.name),), {weight.name: parameter.shape}))
-        if len(weight.shape) > 1 and (why := _refusal(weight, linear, packing, dtype)):
+            parameters.append(parameter := _parameter(weight, choice))
+            recipes.append(Recipe((stored(choice.packing, weight.name),), {weight.name: parameter.shape}))
+        if len(weight.shape) > 1 and (why := choice.refusal(weight)):
             left[weight.name] = why
     return WeightGroup(group.name, parameters, [*recipes, *kept], group.device)
 
 
-def _parameter(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> Parameter:
-    if _refusal(weight, linear, packing, dtype):
+def _parameter(weight: Weight, choice: _Choice) -> Parameter:
+    if choice.refusal(weight):
         return Parameter(weight.name, weight.dtype, weight.shape, weight.places)
-    meant = Meant(packing, weight.shape, weight.dtype)
-    return Parameter(weight.name, torch.uint8, (packing.nbytes(weight.shape),), weight.places, meant=meant)
+    *stack, outputs, inputs = weight.shape
+    shape = (*stack, choice.packing.nbytes((outputs, inputs)))
+    return Parameter(weight.name, torch.uint8, shape, weight.places, meant=Meant(choice.packing, weight.shape, weight.dtype))
 
 
-def _stays(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> bool:
+def _stays(weight: Weight, choice: _Choice) -> bool:
     """Tell whether a weight is read from where it is published: it would take much of the disk a second time."""
-    return weight.nbytes > SMALL and _refusal(weight, linear, packing, dtype) is not None
+    return weight.nbytes > SMALL and choice.refusal(weight) is not None
 
 
-def _refusal(weight: Weight, linear: set[int], packing: Packing, dtype: torch.dtype) -> str | None:
-    if weight.dtype != dtype:
-        return f"it computes in {str(weight.dtype).removeprefix('torch.')}"
-    if ROUTER.search(weight.name):
-        return "it chooses experts, and a small error would choose others"
-    if len(weight.places) != 1 or id(weight.places[0].table) not in linear or weight.places[0].attribute != "weight":
-        return "it is not the weight of one linear layer alone"
-    return packing.refusal(weight.shape)
+class _Choice(NamedTuple):
+    """By what it is decided which weights are packed.
+
+    The packing, the dtype that layers compute in, the tables of plain linear layers, and the names of stacks of experts: of all,
+    and of those whose matrices lie turned round.
+    """
+
+    packing: Packing
+    dtype: torch.dtype
+    linear: frozenset[int]
+    stacks: frozenset[str]
+    turned: frozenset[str]
+
+    def refusal(self, weight: Weight) -> str | None:
+        """Return why a weight is left as it is; None if it is packed."""
+        if weight.dtype != self.dtype:
+            return f"it computes in {str(weight.dtype).removeprefix('torch.')}"
+        if ROUTER.search(weight.name):
+            return "it chooses experts, and a small error would choose others"
+        if weight.name in self.turned:
+            return "its experts' matrices lie turned round"
+        alone = len(weight.places) == 1
+        if alone and weight.name in self.stacks:
+            return self.packing.refusal(weight.shape[1:])
+        if not alone or id(weight.places[0].table) not in self.linear or weight.places[0].attribute != "weight":
+            return "it is not the weight of one linear layer alone"
+        return self.packing.refusal(weight.shape)
+
+
+def _choice(skeleton: Skeleton, packing: Packing) -> _Choice:
+    modules = skeleton.model.modules()
+    linear = frozenset(id(module._parameters) for module in modules if _is_plain(module))  # noqa: SLF001
+    stacks = frozenset(name for names in experts.stacks(skeleton.model) for name in names)
+    return _Choice(packing, skeleton.model.dtype, linear, stacks, experts.turned(skeleton.model))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -175,9 +204,10 @@ def describe(quantized: Quantized) -> str:
     """Say in words what is packed and what is not."""
     weights = [weight for layer in quantized.skeleton.layers for weight in layer.group.weights.values()]
     packed = [weight for weight in weights if weight.meant]
-    numbers = sum(math.prod(weight.meant.shape) for weight in packed if weight.meant)
-    bits = sum(weight.nbytes for weight in packed) * 8 / numbers if numbers else 0
-    text = f"{quantized.packing}: {len(packed)} matrices of the layers, {bits:.2f} bits a weight"
+    shapes = [weight.meant.shape for weight in packed if weight.meant]
+    bits = sum(weight.nbytes for weight in packed) * 8 / max(sum(map(math.prod, shapes)), 1)
+    count = sum(math.prod(shape[:-2]) for shape in shapes)
+    text = f"{quantized.packing}: {count} matrices of the layers, {bits:.2f} bits a weight"
     text += "; the head in int8" if quantized.head else ""
     if not quantized.left:
         return text

@@ -30,7 +30,8 @@ def on_grid(checkpoint: Checkpoint, group: WeightGroup, packing: Packing) -> dic
     for recipe in group.recipes:
         if recipe.convert is None and len(recipe.sources) == 1:
             entry = checkpoint[recipe.sources[0]]
-            if isinstance(entry.unpack, Repack) and entry.unpack.lies_on(packing):
+            matrix = len(entry.shape) == 2  # noqa: PLR2004  # and no stack of them
+            if matrix and isinstance(entry.unpack, Repack) and entry.unpack.lies_on(packing):
                 found[next(iter(recipe.targets))] = entry
     return found
 

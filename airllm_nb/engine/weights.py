@@ -16,7 +16,8 @@ from airllm_nb.compat.keys import Recipe, Tensors
 from airllm_nb.engine.away import Away, Change, away
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.conversion import Converter, Unaided, convert
-from airllm_nb.engine.packed_weight import Meant, memory_of, packed_weight
+from airllm_nb.engine.packed_stack import packed_parameter
+from airllm_nb.engine.packed_weight import Meant, memory_of
 from airllm_nb.engine.page_cache import PAGE
 from airllm_nb.engine.reader import Reader
 
@@ -142,7 +143,7 @@ class WeightGroup:
                 for function, args, kwargs in self._changes[name]:
                     function(view, *args, **kwargs)
             weight = self.weights[name]
-            parameter = packed_weight(name, view, weight.meant) if weight.meant else _parameter(view)
+            parameter = packed_parameter(name, view, weight.meant) if weight.meant else _parameter(view)
             for place in weight.places:
                 place.table[place.attribute] = view if place.is_buffer else parameter
 

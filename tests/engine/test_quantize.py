@@ -9,6 +9,7 @@ from tiny import CONFIGS, LAYERS, budgets, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from airllm_nb import LayeredModel, plan
+from airllm_nb.compat import versions
 from airllm_nb.engine import memory, packed_cache, pressure, sharing
 from airllm_nb.engine.packed_weight import PackedWeight
 from airllm_nb.engine.quantize import packing_of
@@ -196,11 +197,12 @@ def test_what_is_no_quantization_is_refused(checkpoint, name):
         plan(checkpoint("llama"), quantize=name)
 
 
-def test_routers_and_stacks_of_experts_are_left_as_they_are(checkpoint):
-    """Experts that are linear layers of their own, as before version 5, are packed."""
+def test_routers_are_left_as_they_are(checkpoint):
+    """Experts that are linear layers of their own, as before version 5, are packed; their stacks: `test_packed_experts`."""
     folder = checkpoint("mixtral")
     with torch.no_grad(), load(folder, "int8") as model:
-        assert torch.equal(model(LONG).logits, meant(folder, "int8")(LONG).logits)
+        if versions.installed() < (5,):
+            assert torch.equal(model(LONG).logits, meant(folder, "int8")(LONG).logits)
         routers = [weight for name, weight in model.named_parameters() if name.endswith(".gate.weight")]
         assert len(routers) == LAYERS
         assert not any(isinstance(weight, PackedWeight) for weight in routers)

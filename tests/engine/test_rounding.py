@@ -241,7 +241,7 @@ def test_compensated_and_nearest_lie_beside_each_other(folder, home):
 
 
 def test_experts_that_no_token_hits_get_the_nearest_codes(checkpoint, monkeypatch):
-    """On transformers 4 each expert is three linear layers; stacks of experts are not packed."""
+    """On transformers 4 each expert is three linear layers; of their stacks all codes are the nearest."""
     folder = checkpoint("mixtral", tokenizer=True)
     monkeypatch.setattr(calibration, "TOKENS", 1)  # which hits two experts of four
     monkeypatch.setattr(calibration, "LENGTH", 1)
@@ -261,7 +261,8 @@ def test_matrices_that_the_pass_does_not_reach_get_the_nearest_codes(folder, hom
     assert one == other
     text = str(plan(folder, device="cpu", dtype="float32", quantize=NAME))
     assert (
-        "; 24 rounded to the nearest, as the calibration text does not reach them (model.layers.0.mlp.gate_proj.weight)" in text
+        "; 24 rounded to the nearest, as stacks of experts and what the calibration text does not reach "
+        "(model.layers.0.mlp.gate_proj.weight)" in text
     )
 
 

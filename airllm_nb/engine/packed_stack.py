@@ -1,0 +1,52 @@
+"""A parameter that stacks packed matrices, one for each expert: transformers' own functions get those that are hit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from airllm_nb.engine.away import NO_QUESTION
+from airllm_nb.engine.packed_weight import Meant, PackedWeight, packed_weight
+from airllm_nb.engine.stack import Stack, at_hand
+
+
+class PackedStack(Stack, PackedWeight):
+    """Holds all its matrices, shape (experts, bytes). Functions that do not ask for single ones get all of them unpacked."""
+
+    turned = False
+
+    def matrices(self, experts: Sequence[int]) -> Iterator[tuple[int, PackedWeight]]:
+        """Yield each expert with its matrix, packed."""
+        for expert in experts:
+            yield expert, packed_weight(self.label, self.memory[expert], self.meant._replace(shape=self.meant.shape[1:]))
+
+    def kept(self, _expert: int, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the matrix itself, which stays as it is."""
+        return matrix
+
+    def other_way(self) -> Stack:
+        """Return the stack of its matrices turned round."""
+        other = packed_weight(self.label, self.memory, self.meant, PackedStack)
+        assert isinstance(other, PackedStack)
+        other.turned = not self.turned
+        return other
+
+    def dense(self) -> torch.Tensor:
+        """Return all of the weights that are meant."""
+        whole = torch.stack([matrix.dense() for _, matrix in self.matrices(range(len(self.memory)))])
+        return whole.transpose(1, 2) if self.turned else whole
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (found := at_hand(func, args, kwargs or {})) is not NO_QUESTION:
+            return found
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def packed_parameter(name: str, memory: torch.Tensor, meant: Meant) -> PackedWeight:
+    """Return the parameter for a packed matrix, or a stack of them."""
+    return packed_weight(name, memory, meant, PackedStack if memory.dim() > 1 else PackedWeight)
