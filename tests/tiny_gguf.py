@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def make_gguf(
     head: int | None = None,
     kinds: Mapping[str, str] | None = None,
     fields: Mapping[str, Any] | None = None,
+    factors: Mapping[str, np.ndarray] | None = None,
+    context: int = 128,
+    layers: int = LAYERS,
 ) -> Path:
     """Write a file whose matrices are quantized as `kind`.
 
@@ -53,22 +57,26 @@ def make_gguf(
         For tensors in whose name a word occurs another kind.
     fields : dict of str to str, int or float, optional
         What else the file says.
+    factors : dict of str to numpy.ndarray, optional
+        Tensors with factors of the rotary embedding.
+    context, layers : int
+        Tokens of the longest text, and layers.
     """
     # Of Qwen3 transformers takes its default, whatever the file says.
     head = 128 if architecture == "qwen3" else head or width // HEADS
     config = transformers.AutoConfig.for_model(
         TYPES.get(architecture, architecture), vocab_size=WORDS, hidden_size=width, intermediate_size=inner,
-        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=128,
+        num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=context,
         pad_token_id=0, head_dim=head, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, LAYERS)
+    names = gguf.get_tensor_name_map(number, layers)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -82,6 +90,8 @@ def make_gguf(
     adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for name, value in (fields or {}).items():
         adders[type(value)](name, value)
+    for name, values in (factors or {}).items():  # llama.cpp's converter, too, writes them first
+        writer.add_tensor(name, values)
     rng = np.random.default_rng(0)
     for name, tensor in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
@@ -149,3 +159,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, architecture: str) -> None:
         writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
     for name, number in (("pad", 0), ("bos", 1), ("eos", 2), ("unk", 3)):
         getattr(writer, f"add_{name}_token_id")(number)
+
+
+def llama3_factors(base: float, head: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
+    """Return by what Llama 3.1's scaling divides each frequency, in float32, as llama.cpp's converter writes it.
+
+    Source: https://arxiv.org/abs/2407.21783 and the formula of its ``rope_type`` in transformers; here each step in float32.
+    """
+    frequency = 1.0 / base ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    turns = original / (2 * math.pi / frequency)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    divided = 1 / ((1 - smooth) / factor + smooth)
+    return torch.where(turns < low, factor, torch.where(turns > high, 1.0, divided)).numpy()

@@ -1,4 +1,7 @@
-"""What a GGUF file says of its model that transformers does not read, and would compute otherwise without a word: refused."""
+"""What a GGUF file says of its model that transformers does not read, and would compute otherwise without a word.
+
+Some of it can be said in the words of transformers' config; the rest is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from airllm_nb.compat.gguf_files import ARCHITECTURES, splits
+from airllm_nb.compat.gguf_rotary import Values, rope_parameters
 from airllm_nb.errors import UnsupportedError
 
 WINDOWED = ("gemma2", "gemma3")
@@ -14,7 +18,9 @@ WINDOWED = ("gemma2", "gemma3")
 DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 """What transformers takes for Gemma 2, whatever the file says."""
 OWN_SCALE = {"gemma2": 46, "gemma3": 62}
-"""Layers of the 27B models, whose scale of the attention stands in no field: llama.cpp, too, knows them by their layers."""
+"""Layers of the 27B models, whose scale of the attention stands in no field: llama.cpp, too, knows them by their layers.
+
+It is that of heads as wide as the embedding over their number: ``query_pre_attn_scalar`` in transformers' config."""
 MISTRAL = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8}
 """Mistral 7B. The first version has a window of 4,096 tokens, which no field tells, and a base of 10,000; later ones neither."""
 WINDOW, BASE = 4096, 10000
@@ -24,12 +30,12 @@ READ = frozenset((
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window", "attn_logit_softcapping",
-    "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale", "expert_count",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor", "attention.sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale", "expert_count",
 ))  # fmt: skip
 """Fields of an architecture that transformers reads, or that are looked at here."""
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,), "expert_used_count": (0,), "pooling_type": (0,), "rope.scaling.attn_factor": (1.0,),
+    "attention.causal": (True,), "expert_used_count": (0,), "pooling_type": (0,),
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
     "tensor_data_layout": ("Meta AI original pth",),
 }  # fmt: skip
@@ -63,18 +69,58 @@ def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> No
         raise UnsupportedError(
             f"{name} is one of {parts} parts of a model.", "Merge them (llama-gguf-split --merge), or use its safetensors files."
         )
-    own = {key.partition(".")[2]: value for key, value in fields.items() if key.startswith(f"{architecture}.")}
+    own = _own(architecture, fields)
     for what in (*_tokenizer(architecture, fields), *_unread(architecture, own, str(fields.get("general.name")))):
         raise UnsupportedError(
             f"{name} has {what}, which transformers does not read from GGUF files.", "Use the model's safetensors files."
         )
 
 
+def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: Mapping[str, Values]) -> dict[str, Any]:
+    """Return what transformers' config is to say beside what it reads of the file itself.
+
+    Parameters
+    ----------
+    name, architecture, fields
+        Of a file that `require_exact` lets pass.
+    factors : mapping of str to numpy.ndarray
+        Those of `gguf_rotary.TENSORS` that it has; float32, flat.
+
+    Returns
+    -------
+    dict
+        ``rope_parameters``, to be added to those of the layers without a sliding window; ``query_pre_attn_scalar``, where needed.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError
+        As `gguf_rotary.rope_parameters`.
+    """
+    own = _own(architecture, fields)
+    found: dict[str, Any] = {"rope_parameters": rope_parameters(name, architecture, own, _head(own), factors)}
+    if own.get("block_count") == OWN_SCALE.get(architecture, -1):
+        found["query_pre_attn_scalar"] = _even(own)
+    return found
+
+
+def _own(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in fields.items() if key.startswith(f"{architecture}.")}
+
+
+def _even(own: Mapping[str, Any]) -> int:
+    """Return the embedding's numbers over the heads; 0 if the file does not say."""
+    width, heads = own.get("embedding_length"), own.get("attention.head_count")
+    return width // heads if width and heads else 0
+
+
+def _head(own: Mapping[str, Any]) -> int:
+    """Return the numbers of a head; 0 if the file does not say."""
+    return own.get("attention.key_length") or _even(own)
+
+
 def _unread(architecture: str, own: dict[str, Any], name: str) -> Iterator[str]:
     yield from _heads(own)
     yield from _attention(architecture, own)
-    if own.get("block_count") == OWN_SCALE.get(architecture, -1):
-        yield "27B parameters and a scale of the attention of its own"
     if own.get("expert_count"):
         yield f"{own['expert_count']} experts in each layer"
     if architecture == "llama":
@@ -106,11 +152,7 @@ def _tokenizer(architecture: str, fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _heads(own: dict[str, Any]) -> Iterator[str]:
-    scaling, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", own.get("rope.scale_linear"))
-    if scaling != "none" or (factor or 1) != 1:
-        yield f"a rotary embedding that is scaled ({scaling}, by {factor})"
-    width, heads = own.get("embedding_length"), own.get("attention.head_count")
-    if head := own.get("attention.key_length") or (width // heads if width and heads else 0):
+    if head := _head(own):
         if (turned := own.get("rope.dimension_count", head)) != head:
             yield f"a rotary embedding of {turned} of the {head} numbers of a head"
         if (length := own.get("attention.value_length", head)) != head:

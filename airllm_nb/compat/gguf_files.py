@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ OWN_SPLITS: dict[str, Callable[[], Any]] = {"smollm": _by_digits}
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def write_small_files(path: Path, folder: Path, split: str | None) -> None:
+def write_small_files(path: Path, folder: Path, split: str | None, settings: Mapping[str, Any]) -> None:
     """Write the config, the generation config and the tokenizer of a GGUF file as the files of a published model.
 
     Parameters
@@ -69,6 +69,8 @@ def write_small_files(path: Path, folder: Path, split: str | None) -> None:
         The file, and where they are written to.
     split : str or None
         By what name the file says how its tokenizer splits words.
+    settings : mapping of str to object
+        What the config is to say besides, as `gguf_exact.settings` returns it.
 
     Raises
     ------
@@ -86,6 +88,7 @@ def write_small_files(path: Path, folder: Path, split: str | None) -> None:
             raise CheckpointError(
                 f"The tokenizer or the config of {path.name} cannot be read: {first_line(error)}", "Use the safetensors files."
             ) from error
+        _add(config, settings)
         if split in OWN_SPLITS:
             tokenizer.backend_tokenizer.pre_tokenizer = OWN_SPLITS[split]()
         config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]  # noqa: SLF001
@@ -96,6 +99,17 @@ def write_small_files(path: Path, folder: Path, split: str | None) -> None:
             if getattr(generation, name, None) is None:
                 setattr(generation, name, getattr(tokenizer, name, None))
         generation.save_pretrained(folder)
+
+
+def _add(config: Any, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        if name != "rope_parameters":
+            setattr(config, name, value)
+            continue
+        parameters = config.rope_parameters
+        parameters.get("full_attention", parameters).update(value)
+        if hasattr(config, original := "original_max_position_embeddings") and original in value:
+            setattr(config, original, value[original])  # Phi-3 has it beside them, where it counts more
 
 
 Fix = Callable[[torch.Tensor], torch.Tensor]

@@ -17,11 +17,12 @@ import torch
 
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import gguf_files
-from airllm_nb.compat.gguf_exact import require_exact
+from airllm_nb.compat.gguf_exact import require_exact, settings
+from airllm_nb.compat.gguf_rotary import Values
 from airllm_nb.engine import gguf_blocks, gguf_grid
 from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
 from airllm_nb.engine.conversion import convert
-from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_header
+from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_factors, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.packed import Packing
@@ -30,7 +31,7 @@ from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 FOLDER = "gguf"
-VERSION = "1"  # counted up when the same file gives other ones
+VERSION = "2"  # counted up when the same file gives other ones
 DIGITS = 12
 PIECE = 1 << 18
 """Numbers that are unpacked at once: between them lie several copies, which should stay in the processor's cache."""
@@ -56,9 +57,8 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path, *, here: bool = True) -> None:
         gguf_files.require_supported()
         state = FileState.of(path.stat())
-        header, digest = _read(path)
-        require_exact(path.name, header.architecture, header.fields)
-        self.folder = _small_files(path, header, digest)
+        header, factors, digest = _read(path)
+        self.folder = _small_files(path, header, factors, digest)
         self.states = {path: state} if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
@@ -66,8 +66,10 @@ class GGUFCheckpoint(Checkpoint):
         names, processor = gguf_files.parameters(model, header.architecture), gguf_files.processor(model, header.architecture)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         for tensor in header.tensors:
+            if tensor.name in factors:
+                continue  # they are in the config
             if tensor.name not in names:
-                # transformers drops it without a word: llama3's factors of the rotary embedding, for one
+                # transformers drops it without a word
                 raise UnsupportedError(
                     f"{path.name} holds {tensor.name}, which transformers does not read from GGUF files.",
                     "Use the model's safetensors files.",
@@ -144,16 +146,25 @@ def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorE
     return TensorEntry(name, torch.uint8, shape, *place, Unpack(tensor.kind, order, change))
 
 
-def _read(path: Path) -> tuple[Header, str]:
-    """Return a file's header, and what tells its bytes from all others."""
+def _read(path: Path) -> tuple[Header, dict[str, Values], str]:
+    """Return a file's header, the factors of its rotary embedding, and what tells the bytes of both from all others."""
     with reading(path), io.BufferedReader(opened(path)) as file:
         header = read_header(file, path.name, os.fstat(file.fileno()).st_size)
         end = file.tell()
-        file.seek(0)
-        return header, hashlib.sha256(file.read(end)).hexdigest()
+
+        def read(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        require_exact(path.name, header.architecture, header.fields)
+        factors = read_factors(header, path.name, read)
+        digest = hashlib.sha256(read(0, end))
+    for values in factors.values():
+        digest.update(values.tobytes())
+    return header, factors, digest.hexdigest()
 
 
-def _small_files(path: Path, header: Header, digest: str) -> Path:
+def _small_files(path: Path, header: Header, factors: Mapping[str, Values], digest: str) -> Path:
     """Return the folder with config and tokenizer of a file, made once by each version of the packages that make them."""
     makers = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf")]
     key = hashlib.sha256(" ".join((VERSION, digest, *makers)).encode()).hexdigest()[:DIGITS]
@@ -161,12 +172,13 @@ def _small_files(path: Path, header: Header, digest: str) -> Path:
     if all((folder / name).is_file() for name in gguf_files.SMALL_FILES):
         return folder
     split = header.fields.get("tokenizer.ggml.pre")
+    also = settings(path.name, header.architecture, header.fields, factors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:
             whole = Path(temporary) / folder.name
             whole.mkdir()
-            gguf_files.write_small_files(path, whole, None if split is None else str(split))
+            gguf_files.write_small_files(path, whole, None if split is None else str(split), also)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(whole, folder)  # noqa: PTH105
     except OSError as error:

@@ -10,11 +10,13 @@ import importlib.metadata
 import math
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from airllm_nb.compat.gguf_rotary import TENSORS, Values
 from airllm_nb.engine.readable import AGAIN
 from airllm_nb.errors import CheckpointError, UnsupportedError
 
@@ -26,6 +28,8 @@ ALIGNMENT = 32
 MOST_TEXT = 16 << 20
 """Bytes of one string. The longest known, chat templates, have some 20,000."""
 MOST_DIMENSIONS = 4
+MOST_FACTORS = 1 << 12
+"""Numbers of a rotary embedding's factors. The largest heads that are known have 256, and half of that."""
 Value = str | int | float | None
 
 
@@ -55,6 +59,43 @@ class Header:
     def architecture(self) -> str:
         """The model's, as the file names it."""
         return str(self.fields.get("general.architecture"))
+
+
+def read_factors(header: Header, name: str, read: Callable[[int, int], bytes]) -> dict[str, Values]:
+    """Read the tensors that belong to no parameter, but into the config: factors of the rotary embedding.
+
+    Parameters
+    ----------
+    header : Header
+        The file's.
+    name : str
+        How errors call it.
+    read : callable
+        Returns the file's bytes from an offset on, so many as asked for.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        By name; float32, flat.
+
+    Raises
+    ------
+    CheckpointError
+        If one is not of that kind, or not there.
+    """
+    found = {}
+    for tensor in header.tensors:
+        if tensor.name not in TENSORS:
+            continue
+        if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > MOST_FACTORS:
+            raise CheckpointError(
+                f"{name} is damaged: it holds {tensor.name} as {tensor.kind.name} of shape {tensor.shape}, not as factors.",
+                AGAIN,
+            )
+        if len(raw := read(tensor.offset, tensor.nbytes)) != tensor.nbytes:
+            raise CheckpointError(f"{name} is truncated: it ends within {tensor.name}.", AGAIN)
+        found[tensor.name] = np.frombuffer(raw, np.dtype("<f4"))
+    return found
 
 
 def read_header(file: BinaryIO, name: str, size: int) -> Header:

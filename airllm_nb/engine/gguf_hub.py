@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from airllm_nb.engine import hub
 from airllm_nb.engine.download import hub_file
-from airllm_nb.engine.gguf_header import HeaderEndsError, read_header
+from airllm_nb.engine.gguf_header import HeaderEndsError, read_factors, read_header
 from airllm_nb.engine.home import cache_home
 from airllm_nb.errors import AirLLMError, CheckpointError
 from airllm_nb.events import Listener
@@ -22,6 +22,7 @@ from airllm_nb.events import Listener
 FIRST_READ = 4 << 20
 """Bytes of the first request for a header, doubled until it is whole: a vocabulary of 150,000 tokens takes some more."""
 FOLDER = "gguf"
+VERSION = "2"  # counted up when another part of the same file is kept
 DIGITS = 12
 SHOWN = 5
 USUAL = ("q4_k_m", "q4_0", "q8_0")
@@ -83,11 +84,10 @@ def locate_header(name: str, revision: str | None, token: str | bool | None) -> 
         _require(repo, file, [entry.rfilename for entry in info.siblings or ()])
         if (cached := _cached(repo, file, info.sha)) is not None:
             return cached, None
-        key = hashlib.sha256(f"{repo} {info.sha}".encode()).hexdigest()[:DIGITS]
+        key = hashlib.sha256(f"{VERSION} {repo} {info.sha}".encode()).hexdigest()[:DIGITS]
         path = cache_home() / FOLDER / f"header-{key}" / file
         if not path.is_file():
-            size, raw = _header(repo, file, info.sha, token)
-            _write(path, size, raw)
+            _write(path, *_header(repo, file, info.sha, token))
     return path, {}
 
 
@@ -131,8 +131,8 @@ def _cached(repo: str, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tuple[int, bytes]:
-    """Return the size of a file, and its first bytes with the whole header; refuse what would be fetched in vain."""
+def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tuple[int, dict[int, bytes]]:
+    """Return a file's size, and by their offsets its header and what else makes the config; refuse what is fetched in vain."""
     size, raw = hub.read_range(repo, file, commit, token, 0, FIRST_READ)
     while True:
         try:
@@ -142,20 +142,31 @@ def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tupl
             if len(raw) >= min(size, hub.MAX_HEADER):
                 raise
         raw += hub.read_range(repo, file, commit, token, len(raw), 2 * len(raw))[1]
-    from airllm_nb.compat.gguf_exact import require_exact
+    from airllm_nb.compat.gguf_exact import require_exact, settings
+
+    parts = {0: raw}
+
+    def read(start: int, count: int) -> bytes:
+        if start + count <= len(raw):
+            return raw[start : start + count]
+        parts[start] = hub.read_range(repo, file, commit, token, start, start + count)[1]
+        return parts[start]
 
     require_exact(file, header.architecture, header.fields)
-    return size, raw
+    settings(file, header.architecture, header.fields, read_factors(header, file, read))
+    return size, parts
 
 
-def _write(path: Path, size: int, raw: bytes) -> None:
-    """Write a file of a size that has only its beginning, and takes no more room than that."""
+def _write(path: Path, size: int, parts: dict[int, bytes]) -> None:
+    """Write a file of a size that has only some parts, and takes no more room than they."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".header-", dir=path.parent) as temporary:
             whole = Path(temporary) / path.name
             with whole.open("wb") as file:
-                file.write(raw)
+                for offset, raw in parts.items():
+                    file.seek(offset)
+                    file.write(raw)
                 file.truncate(size)
             os.replace(whole, path)  # noqa: PTH105
     except OSError as error:

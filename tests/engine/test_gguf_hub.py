@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
-from tiny_gguf import WIDE, make_gguf
+from tiny_gguf import WIDE, llama3_factors, make_gguf
 
 from airllm_nb.compat import gguf_files, versions
 
@@ -28,6 +28,10 @@ for what, model, options in json.loads(sys.argv[1]):
         if what == "plan":
             found = plan(model, device="cpu", dtype="float32", **options)
             done = {"name": found.name, "least": found.least, "total": found.total_nbytes}
+        elif what == "config":
+            from airllm_nb.engine import hub
+            from airllm_nb.engine.gguf_checkpoint import open_checkpoint
+            done = json.loads((open_checkpoint(*hub.locate_headers(model)).folder / "config.json").read_text())
         else:
             events = []
             with torch.no_grad(), LayeredModel.from_pretrained(
@@ -143,6 +147,25 @@ def test_a_header_that_cannot_be_written(run, tmp_path):
     (refused,) = run(("plan", "org/name/tiny-Q8_0.gguf"), AIRLLM_NB_HOME=str(tmp_path / "file" / "home"))
     assert refused["cause"].startswith("The header of tiny-Q8_0.gguf cannot be written to ")
     assert "AIRLLM_NB_HOME" in refused["remedy"]
+
+
+def test_factors_of_the_rotary_embedding_come_with_the_header(hub, run, repo):
+    factors = {"rope_freqs.weight": llama3_factors(10000.0, 64, 8.0, 1.0, 4.0, 8192)}
+    path = make_gguf(repo / "llama3.gguf", "llama", "Q8_0", width=WIDE, inner=WIDE, factors=factors, context=131072)
+    planned, local, config = run(
+        ("plan", "org/name/llama3.gguf"), ("plan", str(path)), ("config", "org/name/llama3.gguf")
+    )  # fmt: skip
+    assert planned == local
+    assert config["rope_parameters"]["factor"] == 8.0
+    assert hub.sent("llama3.gguf") < path.stat().st_size / 4
+    loaded, local = run(("load", "org/name/llama3.gguf"), ("load", str(path)))
+    assert loaded["sum"] == local["sum"]
+    factors["rope_freqs.weight"][3] = 2
+    make_gguf(repo / "damaged.gguf", "llama", "Q8_0", width=WIDE, inner=WIDE, factors=factors, context=131072)
+    hub.requests.clear()
+    for done in run(("plan", "org/name/damaged.gguf"), ("load", "org/name/damaged.gguf")):
+        assert "no settings of Llama 3.1 give" in done["cause"]
+    assert hub.sent("damaged.gguf") < path.stat().st_size / 2
 
 
 def test_what_is_refused_is_not_downloaded(hub, run, repo):
