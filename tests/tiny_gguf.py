@@ -15,6 +15,7 @@ from gguf.quants import dequantize, quantize
 
 LAYERS, HEADS, KV_HEADS, WORDS = 3, 4, 2, 300
 WIDTH, INNER = 64, 128
+WINDOW = 96
 WIDE = 256
 """Numbers in a row for all quantizations: K-quants and others have blocks of 256."""
 TYPES = {"gemma3": "gemma3_text"}
@@ -86,6 +87,8 @@ def make_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(head)
     writer.add_vocab_size(WORDS)
+    if architecture == "gemma3":
+        writer.add_sliding_window(WINDOW)
     _add_tokenizer(writer, architecture)
     adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for name, value in (fields or {}).items():

@@ -18,9 +18,9 @@ WINDOWED = ("gemma2", "gemma3")
 DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 """What transformers takes for Gemma 2, whatever the file says."""
 OWN_SCALE = {"gemma2": 46, "gemma3": 62}
-"""Layers of the 27B models, whose scale of the attention stands in no field: llama.cpp, too, knows them by their layers.
+"""Layers of the 27B models: they scale the attention as if heads were as wide as the embedding over their number.
 
-It is that of heads as wide as the embedding over their number: ``query_pre_attn_scalar`` in transformers' config."""
+It stands in no field. llama.cpp, too, knows them by their layers, and takes the width of a head for all others."""
 MISTRAL = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8}
 """Mistral 7B. The first version has a window of 4,096 tokens, which no field tells, and a base of 10,000; later ones neither."""
 WINDOW, BASE = 4096, 10000
@@ -31,7 +31,8 @@ READ = frozenset((
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor", "attention.sliding_window",
-    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale", "expert_count",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale",
+    "expert_count",
 ))  # fmt: skip
 """Fields of an architecture that transformers reads, or that are looked at here."""
 HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -89,7 +90,7 @@ def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: M
     Returns
     -------
     dict
-        ``rope_parameters``, to be added to those of the layers without a sliding window; ``query_pre_attn_scalar``, where needed.
+        ``rope_parameters``, to be added to those of the layers without a sliding window; ``query_pre_attn_scalar`` of Gemma.
 
     Raises
     ------
@@ -98,8 +99,8 @@ def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: M
     """
     own = _own(architecture, fields)
     found: dict[str, Any] = {"rope_parameters": rope_parameters(name, architecture, own, _head(own), factors)}
-    if own.get("block_count") == OWN_SCALE.get(architecture, -1):
-        found["query_pre_attn_scalar"] = _even(own)
+    if architecture in GEMMA:  # of which transformers would take 256, whatever the file says
+        found["query_pre_attn_scalar"] = _even(own) if own.get("block_count") == OWN_SCALE[architecture] else _head(own)
     return found
 
 
@@ -163,6 +164,8 @@ def _attention(architecture: str, own: dict[str, Any]) -> Iterator[str]:
     window = own.get("attention.sliding_window") or 0
     if architecture not in WINDOWED and 0 < window < own.get("context_length", 0):
         yield f"a sliding window of {window} tokens"
+    if architecture == "gemma3" and not window:
+        yield "layers without a sliding window only"
     for key, default in DEFAULTS.items():
         if own.get(key, expected := default if architecture == "gemma2" else None) != expected:
             yield f"{key} {own[key]}"

@@ -27,6 +27,8 @@ def reference(path, dtype=torch.float32):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = config.head_dim  # as llama.cpp; that of Gemma's published sizes is the default
     model = transformers.AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -61,7 +61,10 @@ def reference(path):
     """Return transformers' model with what it makes of the file."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).float().eval()
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = config.head_dim
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     model.load_state_dict(load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"], strict=False)
     return model
 

@@ -85,6 +85,8 @@ def published(path, scaled, folder, **more):
 
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     said = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+    if "query_pre_attn_scalar" in said:
+        said["query_pre_attn_scalar"] = config.head_dim
     rotary = {"rope_theta": BASE, "rope_scaling": scaled.published and dict(scaled.published)}
     model = transformers.AutoModelForCausalLM.from_config(type(config)(**said | rotary | scaled.beside | more)).eval()
     missing, _ = model.load_state_dict(load_gguf_checkpoint(str(path), True, model)["tensors"], strict=False)
@@ -106,7 +108,7 @@ def test_logits_are_those_of_the_published_model(tmp_path, scaled):
     with torch.no_grad():
         logits = expected(IDS).logits
         unscaled = published(path, scaled._replace(published=None), tmp_path / "unscaled")(IDS).logits
-        assert not torch.allclose(logits, unscaled, atol=1e-2)
+        assert (logits - unscaled).abs().max() > 1e-4  # one of six layers of Gemma 3, whose queries are normed
         for memory in ("1GB", least):
             with load(path, memory=memory) as model:
                 assert any(layer.resident for layer in model.layers) == (memory == "1GB")
@@ -189,7 +191,7 @@ def test_damaged_factors(tmp_path, place, value, kind, words):
 @pytest.mark.parametrize(("factors", "kind", "words"), [
     ({FREQS: np.ones(63, np.float32)}, CheckpointError, "holds 63 numbers, not one for each of the 32 frequencies"),
     ({FREQS: np.ones(32, np.float16)}, CheckpointError, "it holds rope_freqs.weight as F16 of shape (32,), not as factors"),
-    ({FREQS: np.ones((2, 32), np.float32)}, CheckpointError, "it holds rope_freqs.weight as F32 of shape (2, 32), not as factors"),
+    ({FREQS: np.ones((2, 32), np.float32)}, CheckpointError, "it holds rope_freqs.weight as F32 of shape (2, 32), not"),
     ({FREQS: np.ones(5000, np.float32)}, CheckpointError, "it holds rope_freqs.weight as F32 of shape (5000,), not as factors"),
     ({LONG: np.ones(32, np.float32)}, UnsupportedError, "(linear, by 1, with rope_factors_long.weight)"),
 ])  # fmt: skip
@@ -198,15 +200,21 @@ def test_tensors_of_another_kind(tmp_path, factors, kind, words):
 
 
 @pytest.mark.parametrize(("architecture", "layers"), gguf_exact.OWN_SCALE.items())
-def test_the_scale_of_the_largest_gemma(tmp_path, monkeypatch, architecture, layers):
-    assert layers > LAYERS
-    monkeypatch.setitem(gguf_exact.OWN_SCALE, architecture, LAYERS)
+def test_the_scale_of_gemmas_attention(tmp_path, monkeypatch, architecture, layers):
+    """That of a head, but for the 27B models."""
     path = make_gguf(tmp_path / "model.gguf", architecture, head=32, context=CONTEXT)
     unscaled = Scaled(architecture, {}, {}, None)
-    with torch.no_grad(), load(path) as model:
-        expected, other = (
-            published(path, unscaled, tmp_path / name, query_pre_attn_scalar=scale, rope_theta=10000.0)(IDS).logits
-            for name, scale in (("published", 16), ("other", 32))
+    assert layers > LAYERS
+    with torch.no_grad():
+        usual, largest, default = (
+            published(path, unscaled, tmp_path / str(scale), query_pre_attn_scalar=scale, rope_theta=10000.0)(IDS).logits
+            for scale in (32, 16, 256)
         )
-        assert torch.equal(model(IDS).logits, expected)
-        assert not torch.allclose(other, expected, atol=1e-2)
+        assert not torch.allclose(usual, largest, atol=1e-2)
+        assert not torch.allclose(usual, default, atol=1e-2)
+        with load(path) as model:
+            assert torch.equal(model(IDS).logits, usual)
+        monkeypatch.setitem(gguf_exact.OWN_SCALE, architecture, LAYERS)
+        monkeypatch.setenv("AIRLLM_NB_HOME", str(tmp_path / "other"))
+        with load(path) as model:
+            assert torch.equal(model(IDS).logits, largest)
