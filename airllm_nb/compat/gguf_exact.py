@@ -38,7 +38,7 @@ READ = frozenset((
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "expert_used_count": (0,), "pooling_type": (0,),
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
-    "tensor_data_layout": ("Meta AI original pth",),
+    "tensor_data_layout": ("Meta AI original pth",), "rope.freq_base_swa": (10000.0,),
 }  # fmt: skip
 """Others, and the values with which they change nothing."""
 GEMMA = ("gemma2", "gemma3")

@@ -33,7 +33,7 @@ BETWEEN = 8 * STEP
 """And relative to the unscaled one, where a frequency is scaled in part: its part is a difference of numbers near 1, which
 float32 does not know better. Of factors made in float64 with the usual settings, it was up to 5.1 steps."""
 LARGEST = float(np.finfo(np.float32).max)
-OTHER = "Use the model's safetensors files."
+AGAIN, OTHER = "Fetch the file again, or use the model's safetensors files.", "Use the model's safetensors files."
 Values = NDArray[np.float32]
 Floats = NDArray[np.float64]
 
@@ -130,7 +130,7 @@ def _llama3(name: str, factors: Values, base: float, head: int) -> dict[str, Any
             return found
     raise UnsupportedError(
         f"{name} divides the frequencies of its rotary embedding by numbers ({FREQS}) that no settings of Llama 3.1 give.",
-        f"Fetch the file again, in case it is damaged. {OTHER}",
+        AGAIN,
     )
 
 
@@ -171,7 +171,7 @@ def _require_factors(name: str, tensor: str, values: Values, head: int) -> None:
         wrong = f"{values[none][0]:g}, by which no frequency is divided"
     else:
         return
-    raise CheckpointError(f"{name} is damaged: {tensor} holds {wrong}.", f"Fetch the file again. {OTHER}")
+    raise CheckpointError(f"{name} is damaged: {tensor} holds {wrong}.", AGAIN)
 
 
 def _factor(own: Mapping[str, Any]) -> float:

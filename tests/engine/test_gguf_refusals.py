@@ -171,6 +171,7 @@ def test_what_transformers_would_compute_otherwise(tmp_path, architecture, field
         ("llama", {"llama.expert_count": 0}),
         ("llama", {"llama.attention.causal": True, "llama.tensor_data_layout": "Meta AI original pth"}),
         ("gemma3", {"tokenizer.ggml.add_space_prefix": False}),
+        ("gemma3", {"gemma3.rope.freq_base_swa": 10000.0}),
         ("qwen2", {"tokenizer.ggml.pre": "qwen2"}),
     ],
 )
