@@ -116,7 +116,8 @@ def _even(own: Mapping[str, Any]) -> int:
 
 def _head(own: Mapping[str, Any]) -> int:
     """Return the numbers of a head; 0 if the file does not say."""
-    return own.get("attention.key_length") or _even(own)
+    head = own.get("attention.key_length") or _even(own)
+    return head if isinstance(head, int) else 0
 
 
 def _unread(architecture: str, own: dict[str, Any], name: str) -> Iterator[str]:

@@ -87,7 +87,7 @@ def rope_parameters(
     for kind, way in WAYS.items():
         if architecture not in way.architectures or stated not in way.types or tuple(sorted(factors)) != way.tensors:
             continue
-        if (by > 1 if kind in BY_FACTOR else by == 1) and (attention == 1 or kind == "longrope"):
+        if (by > 1 if kind in BY_FACTOR else by == 1) and (attention > 0 if kind == "longrope" else attention == 1):
             return _parameters(name, kind, own, head, factors)
     tensors = f", with {' and '.join(sorted(factors))}" if factors else ""
     raise UnsupportedError(
@@ -116,8 +116,10 @@ def _parameters(name: str, kind: str, own: Mapping[str, Any], head: int, factors
     return found
 
 
-def _llama3(name: str, factors: Values, base: float, head: int) -> dict[str, Any]:
+def _llama3(name: str, factors: Values, base: Any, head: int) -> dict[str, Any]:
     """Return the settings from which the factors were made."""
+    if not isinstance(base, int | float) or not 1 < base <= LARGEST:
+        raise CheckpointError(f"{name} is damaged: the base of its rotary embedding is {base}.", AGAIN)
     if (factors == 1).all():
         return {}
     plain, divided = _frequencies({"rope_type": "linear", "factor": 1.0}, base, head), factors.astype(np.float64)
@@ -165,7 +167,7 @@ def _frequencies(parameters: dict[str, Any], base: float, head: int) -> Floats:
 
 def _require_factors(name: str, tensor: str, values: Values, head: int) -> None:
     least = 1 if tensor == FREQS else 0
-    if values.size != head // 2:
+    if 2 * values.size != head:
         wrong = f"{values.size} numbers, not one for each of the {head // 2} frequencies"
     elif (none := ~np.isfinite(values) | (values < least) | (values == 0)).any():
         wrong = f"{values[none][0]:g}, by which no frequency is divided"

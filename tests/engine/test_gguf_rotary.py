@@ -14,6 +14,8 @@ pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason=
 NAMES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 PUBLISHED = [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)]
 OTHERS = [(8.1, 1.0, 4.0, 8192), (16.0, 1.0, 8.0, 4096), (4.0, 1.0, 3.5, 10000), (64.0, 1.0, 16.0, 131072)]
+ONES = np.ones(64, np.float32)
+BOTH = {LONG: 4 * ONES, SHORT: ONES}
 
 
 def found(factors, base=500000.0, head=128):
@@ -79,14 +81,21 @@ def test_the_base_counts():
         found(llama3_factors(500000.0, 128, *PUBLISHED[0]), 10000.0)
 
 
+@pytest.mark.parametrize("base", [math.nan, math.inf, 0.0, -5.0, 1.0, 1e300, "500000"])
+def test_a_base_that_is_none(base):
+    with pytest.raises(CheckpointError, match="the base of its rotary embedding is"):
+        found(llama3_factors(500000.0, 128, *PUBLISHED[0]), base)
+
+
+def test_odd_heads():
+    with pytest.raises(CheckpointError, match="holds 64 numbers"):
+        found(ONES, head=129)
+
+
 @pytest.mark.parametrize("factors", [np.full(64, 3, np.float32), np.linspace(1, 8, 64, dtype=np.float32), np.r_[np.ones(63), 2]])
 def test_scalings_of_another_kind(factors):
     with pytest.raises(UnsupportedError, match="no settings"):
         found(factors.astype(np.float32))
-
-
-ONES = np.ones(64, np.float32)
-BOTH = {LONG: 4 * ONES, SHORT: ONES}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,8 @@ BOTH = {LONG: 4 * ONES, SHORT: ONES}
         ("phi3", {"rope.scaling.original_context_length": 4096, "rope.scaling.factor": 2.0}, BOTH),
         ("phi3", {}, BOTH),
         ("phi3", {"rope.scaling.original_context_length": 0}, BOTH),
+        ("phi3", {"rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": math.nan}, BOTH),
+        ("phi3", {"rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": "1"}, BOTH),
         ("phi3", {"rope.scaling.original_context_length": "4096"}, BOTH),
         ("phi3", {"rope.scaling.factor": 2.0}, {}),
         ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64}, {}),
