@@ -39,6 +39,7 @@ def make_gguf(
     factors: Mapping[str, np.ndarray] | None = None,
     context: int = 128,
     layers: int = LAYERS,
+    split: int = 0,
 ) -> Path:
     """Write a file whose matrices are quantized as `kind`.
 
@@ -62,6 +63,8 @@ def make_gguf(
         Tensors with factors of the rotary embedding.
     context, layers : int
         Tokens of the longest text, and layers.
+    split : int
+        Most tensors of a file; the parts have other names. 0 for all in one.
     """
     # Of Qwen3 transformers takes its default, whatever the file says.
     head = 128 if architecture == "qwen3" else head or width // HEADS
@@ -74,7 +77,7 @@ def make_gguf(
         model = transformers.AutoModelForCausalLM.from_config(config)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, layers)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)

@@ -66,10 +66,6 @@ def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> No
             f"{name} holds a model of the architecture {architecture}; GGUF files are read of {', '.join(ARCHITECTURES)}.",
             "Use the model's safetensors files.",
         )
-    if (parts := fields.get("split.count") or 0) > 1:
-        raise UnsupportedError(
-            f"{name} is one of {parts} parts of a model.", "Merge them (llama-gguf-split --merge), or use its safetensors files."
-        )
     own = _own(architecture, fields)
     for what in (*_tokenizer(architecture, fields), *_unread(architecture, own, str(fields.get("general.name")))):
         raise UnsupportedError(

@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from airllm_nb.engine import gguf_blocks, gguf_grid
 from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read_config
 from airllm_nb.engine.conversion import convert
 from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_factors, read_header
+from airllm_nb.engine.gguf_parts import part_paths, require_whole
 from airllm_nb.engine.home import cache_home
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.packed import Packing
@@ -31,6 +33,7 @@ from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 FOLDER = "gguf"
+HEAD = "output.weight"
 VERSION = "2"  # counted up when the same file gives other ones
 DIGITS = 12
 PIECE = 1 << 18
@@ -44,7 +47,7 @@ class GGUFCheckpoint(Checkpoint):
     Parameters
     ----------
     path : Path
-        The file. Its folder's ``config.json`` and tokenizer are written to our cache, and `folder` is where.
+        The file, or one of a model in parts. Its ``config.json`` and tokenizer are written to our cache, and `folder` is where.
     here : bool
         False for planning with a file that has only its header.
 
@@ -56,27 +59,30 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, here: bool = True) -> None:
         gguf_files.require_supported()
-        state = FileState.of(path.stat())
-        header, factors, digest = _read(path)
-        self.folder = _small_files(path, header, factors, digest)
-        self.states = {path: state} if here else {}
+        paths = part_paths(path)
+        states = {part: FileState.of(part.stat()) for part in paths}
+        headers, factors, digest = _read(paths)
+        header = headers[paths[0]]
+        tied = not any(tensor.name == HEAD for each in headers.values() for tensor in each.tensors)
+        self.folder = _small_files(paths[0], header, factors, digest, tied=tied)
+        self.states = states if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
         model = empty_model(config, torch.float32, self.folder, trust_remote_code=False)
         names, processor = gguf_files.parameters(model, header.architecture), gguf_files.processor(model, header.architecture)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        for tensor in header.tensors:
+        for part, tensor in ((part, tensor) for part, each in headers.items() for tensor in each.tensors):
             if tensor.name in factors:
                 continue  # they are in the config
             if tensor.name not in names:
                 # transformers drops it without a word
                 raise UnsupportedError(
-                    f"{path.name} holds {tensor.name}, which transformers does not read from GGUF files.",
+                    f"{part.name} holds {tensor.name}, which transformers does not read from GGUF files.",
                     "Use the model's safetensors files.",
                 )
             if tensor.shape != (shape := shapes[names[tensor.name]]):
-                raise CheckpointError(f"{path.name} holds {tensor.name} with shape {tensor.shape}, not {shape}.", AGAIN)
-            self._entries[names[tensor.name]] = _entry(names[tensor.name], tensor, path, processor)
+                raise CheckpointError(f"{part.name} holds {tensor.name} with shape {tensor.shape}, not {shape}.", AGAIN)
+            self._entries[names[tensor.name]] = _entry(names[tensor.name], tensor, part, processor)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,25 +152,30 @@ def _entry(name: str, tensor: GGUFTensor, path: Path, processor: Any) -> TensorE
     return TensorEntry(name, torch.uint8, shape, *place, Unpack(tensor.kind, order, change))
 
 
-def _read(path: Path) -> tuple[Header, dict[str, Values], str]:
-    """Return a file's header, the factors of its rotary embedding, and what tells the bytes of both from all others."""
-    with reading(path), io.BufferedReader(opened(path)) as file:
-        header = read_header(file, path.name, os.fstat(file.fileno()).st_size)
-        end = file.tell()
-
-        def read(start: int, count: int) -> bytes:
-            file.seek(start)
-            return file.read(count)
-
-        require_exact(path.name, header.architecture, header.fields)
-        factors = read_factors(header, path.name, read)
-        digest = hashlib.sha256(read(0, end))
+def _read(paths: tuple[Path, ...]) -> tuple[dict[Path, Header], dict[str, Values], str]:
+    """Return the headers of all parts, the factors of the rotary embedding, and what tells the bytes of both from all others."""
+    headers: dict[Path, Header] = {}
+    factors: dict[str, Values] = {}
+    digest = hashlib.sha256()
+    for path in paths:
+        with reading(path), io.BufferedReader(opened(path)) as file:
+            headers[path] = read_header(file, path.name, os.fstat(file.fileno()).st_size)
+            end = file.tell()
+            digest.update(_part(file, 0, end))
+            factors |= read_factors(headers[path], path.name, partial(_part, file))
+    require_whole(headers)
+    require_exact(paths[0].name, headers[paths[0]].architecture, headers[paths[0]].fields)
     for values in factors.values():
         digest.update(values.tobytes())
-    return header, factors, digest.hexdigest()
+    return headers, factors, digest.hexdigest()
 
 
-def _small_files(path: Path, header: Header, factors: Mapping[str, Values], digest: str) -> Path:
+def _part(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    return file.read(count)
+
+
+def _small_files(path: Path, header: Header, factors: Mapping[str, Values], digest: str, *, tied: bool) -> Path:
     """Return the folder with config and tokenizer of a file, made once by each version of the packages that make them."""
     makers = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf")]
     key = hashlib.sha256(" ".join((VERSION, digest, *makers)).encode()).hexdigest()[:DIGITS]
@@ -173,6 +184,7 @@ def _small_files(path: Path, header: Header, factors: Mapping[str, Values], dige
         return folder
     split = header.fields.get("tokenizer.ggml.pre")
     also = settings(path.name, header.architecture, header.fields, factors)
+    also["tie_word_embeddings"] = tied  # transformers looks for the head in the first part only
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:

@@ -15,8 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from airllm_nb.engine import hub
 from airllm_nb.engine.download import hub_file
 from airllm_nb.engine.gguf_header import HeaderEndsError, read_factors, read_header
+from airllm_nb.engine.gguf_parts import COUNT
 from airllm_nb.engine.home import cache_home
-from airllm_nb.errors import AirLLMError, CheckpointError
+from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 from airllm_nb.events import Listener
 
 FIRST_READ = 4 << 20
@@ -152,6 +153,11 @@ def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tupl
         parts[start] = hub.read_range(repo, file, commit, token, start, start + count)[1]
         return parts[start]
 
+    if (count := header.fields.get(COUNT) or 1) != 1:
+        raise UnsupportedError(
+            f"{file} is one of {count} parts of a model, which are not fetched.",
+            "Download all of them into one folder, then load one of them by its path.",
+        )
     require_exact(file, header.architecture, header.fields)
     settings(file, header.architecture, header.fields, read_factors(header, file, read))
     return size, parts

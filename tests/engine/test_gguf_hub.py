@@ -171,8 +171,11 @@ def test_factors_of_the_rotary_embedding_come_with_the_header(hub, run, repo):
 def test_what_is_refused_is_not_downloaded(hub, run, repo):
     (repo / "cut.gguf").write_bytes((repo / "tiny-Q8_0.gguf").read_bytes()[:-5000])
     (repo / "foreign.gguf").write_bytes(b"x" * 100_000)
+    part = "part-00001-of-00003.gguf"
+    make_gguf(repo / part, "llama", "Q8_0", width=WIDE, inner=WIDE, fields={"split.count": 3})
     for file, words in (
-        ("scaled.gguf", "a rotary embedding that is scaled"), ("cut.gguf", "is truncated"), ("foreign.gguf", "is no GGUF file"),
+        ("scaled.gguf", "a rotary embedding that is scaled"), (part, "is one of 3 parts of a model"),
+        ("cut.gguf", "is truncated"), ("foreign.gguf", "is no GGUF file"),
     ):  # fmt: skip
         hub.requests.clear()
         for done in run(("plan", f"org/name/{file}"), ("load", f"org/name/{file}")):
