@@ -133,7 +133,6 @@ def test_other_architectures_are_refused_by_name(tmp_path, architecture):
 @pytest.mark.parametrize(
     ("architecture", "fields", "what"),
     [
-        ("llama", {"split.count": 3}, "says split.no 0 and split.count 3, and its name 1 of 1"),
         ("llama", {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "yarn, but not the original context"),
         ("qwen2", {"qwen2.rope.scaling.type": "su", "qwen2.rope.scaling.factor": 2.0}, "scaled (su, by 2)"),
         ("gemma3", {"gemma3.rope.scaling.type": "none", "gemma3.rope.scaling.factor": 8.0}, "scaled (none, by 8)"),
