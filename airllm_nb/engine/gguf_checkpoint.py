@@ -25,14 +25,13 @@ from airllm_nb.engine.checkpoint import Checkpoint, FileState, TensorEntry, read
 from airllm_nb.engine.conversion import convert
 from airllm_nb.engine.gguf_header import GGUFTensor, Header, read_factors, read_header
 from airllm_nb.engine.gguf_parts import part_paths, require_whole
-from airllm_nb.engine.home import cache_home
+from airllm_nb.engine.home import GGUF_FOLDER, cache_home, describe
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.packed import Packing
 from airllm_nb.engine.published import unpacked
 from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
-FOLDER = "gguf"
 HEAD = "output.weight"
 VERSION = "2"  # counted up when the same file gives other ones
 DIGITS = 12
@@ -179,7 +178,7 @@ def _small_files(path: Path, header: Header, factors: Mapping[str, Values], dige
     """Return the folder with config and tokenizer of a file, made once by each version of the packages that make them."""
     makers = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf")]
     key = hashlib.sha256(" ".join((VERSION, digest, *makers)).encode()).hexdigest()[:DIGITS]
-    folder = cache_home() / FOLDER / f"{path.stem}-{key}"
+    folder = cache_home() / GGUF_FOLDER / f"{path.stem}-{key}"
     if all((folder / name).is_file() for name in gguf_files.SMALL_FILES):
         return folder
     split = header.fields.get("tokenizer.ggml.pre")
@@ -191,6 +190,7 @@ def _small_files(path: Path, header: Header, factors: Mapping[str, Values], dige
             whole = Path(temporary) / folder.name
             whole.mkdir()
             gguf_files.write_small_files(path, whole, None if split is None else str(split), also)
+            describe(whole, path.stem, "config and tokenizer", str(path))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(whole, folder)  # noqa: PTH105
     except OSError as error:

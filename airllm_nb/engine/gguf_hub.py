@@ -16,13 +16,12 @@ from airllm_nb.engine import hub
 from airllm_nb.engine.download import hub_file
 from airllm_nb.engine.gguf_header import HeaderEndsError, read_factors, read_header
 from airllm_nb.engine.gguf_parts import COUNT
-from airllm_nb.engine.home import cache_home
+from airllm_nb.engine.home import GGUF_FOLDER, cache_home, describe
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 from airllm_nb.events import Listener
 
 FIRST_READ = 4 << 20
 """Bytes of the first request for a header, doubled until it is whole: a vocabulary of 150,000 tokens takes some more."""
-FOLDER = "gguf"
 VERSION = "2"  # counted up when another part of the same file is kept
 DIGITS = 12
 SHOWN = 5
@@ -86,9 +85,9 @@ def locate_header(name: str, revision: str | None, token: str | bool | None) -> 
         if (cached := _cached(repo, file, info.sha)) is not None:
             return cached, None
         key = hashlib.sha256(f"{VERSION} {repo} {info.sha}".encode()).hexdigest()[:DIGITS]
-        path = cache_home() / FOLDER / f"header-{key}" / file
+        path = cache_home() / GGUF_FOLDER / f"header-{key}" / file
         if not path.is_file():
-            _write(path, *_header(repo, file, info.sha, token))
+            _write(repo, path, *_header(repo, file, info.sha, token))
     return path, {}
 
 
@@ -163,7 +162,7 @@ def _header(repo: str, file: str, commit: str, token: str | bool | None) -> tupl
     return size, parts
 
 
-def _write(path: Path, size: int, parts: dict[int, bytes]) -> None:
+def _write(repo: str, path: Path, size: int, parts: dict[int, bytes]) -> None:
     """Write a file of a size that has only some parts, and takes no more room than they."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +174,7 @@ def _write(path: Path, size: int, parts: dict[int, bytes]) -> None:
                     file.write(raw)
                 file.truncate(size)
             os.replace(whole, path)  # noqa: PTH105
+        describe(path.parent, repo, "headers of GGUF files", "the hub")
     except OSError as error:
         raise AirLLMError(
             f"The header of {path.name} cannot be written to {path.parent}: {error.strerror or error}.",

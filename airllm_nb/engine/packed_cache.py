@@ -19,7 +19,7 @@ from airllm_nb.compat.keys import Tensors
 from airllm_nb.engine import calibration, packed_key, threads
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry
 from airllm_nb.engine.head import PACKING, packed_rows
-from airllm_nb.engine.home import cache_home
+from airllm_nb.engine.home import ABOUT, QUANTIZED_FOLDER, cache_home
 from airllm_nb.engine.memory import format_size
 from airllm_nb.engine.packed import Int4, Packing
 from airllm_nb.engine.packed_file import TEMPORARY, PackedFile, packed_file
@@ -33,8 +33,6 @@ from airllm_nb.engine.weights import GroupReader, Weight, WeightGroup
 from airllm_nb.errors import AirLLMError, CheckpointError, SharingError
 from airllm_nb.events import Fetching, Listener
 
-FOLDER = "quantized"
-ABOUT = "about.json"
 LOCK = ".lock"
 WAITING = "Waiting for another process that quantizes this model"
 
@@ -65,7 +63,7 @@ class PackedCache:
         if isinstance(quantized.packing, Int4) and quantized.packing.rounding == "gptq":
             self._refuse_on_grid(Int4(quantized.packing.group))
         key = packed_key.key(quantized, checkpoint)
-        self.folder = cache_home() / FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
+        self.folder = cache_home() / QUANTIZED_FOLDER / f"{name.strip('.') or 'model'}-{quantized.name}-{key}"
         layers = [self._layer(index, layer.group, key) for index, layer in enumerate(quantized.skeleton.layers)]
         self.files = (*layers, *self._head(key))
 

@@ -29,6 +29,19 @@ def test_quantized_layers_are_listed_and_cleared(shell, chat, home):
     shell.run("%%airllm --max-new-tokens 3\nHello")  # it stays in memory
 
 
+@pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="GGUF files are refused by this version of transformers")
+def test_what_a_gguf_file_left_is_listed_and_cleared(shell, tmp_path, home):
+    path = make_gguf(tmp_path / "model.gguf", "qwen2", "Q4_0")
+    own = home.parent / "gguf" / "mine.gguf"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"GGUF")
+    shell.run(f"%airllm plan {path}")
+    assert f"model, config and tokenizer, from {path}" in shell.run("%airllm cache")
+    assert "Removed: model, config and tokenizer" in shell.run("%airllm cache --clear")
+    assert list(own.parent.iterdir()) == [own]
+    shell.run(f"%airllm plan {path}")  # they are made again
+
+
 def test_a_streaming_model_says_that_its_layers_are_gone(shell, chat):
     least = plan(chat, device="cpu", dtype="float32", quantize="int4").least
     shell.run(f"%airllm load {chat} --device cpu --dtype float32 --quantize int4 --memory {least}")
