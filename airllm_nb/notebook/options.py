@@ -110,7 +110,7 @@ def _sampling_options(parser: Parser) -> None:
 
 
 def _cache_parser() -> Parser:
-    parser = Parser("%airllm cache", "Show what was written to this machine's disk: quantized layers, what GGUF files need, the demo.")
+    parser = Parser("%airllm cache", "Show what was written to this machine's disk: quantized layers, GGUF configs, the demo.")
     parser.option("--clear", metavar="NAME", nargs="?", const="", default=None,
                   help="remove what has NAME in its name from the disk; without NAME, all of it")  # fmt: skip
     return parser
