@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread per worker, tiny checkpoints made once."""
 
+import gc
 import os
 import signal
 import sys
@@ -33,6 +34,13 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_no_garbage():
+    """Or whoever collects garbage, as every session that unloads a model does, looks through all of it for 0.3 seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

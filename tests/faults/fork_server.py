@@ -14,6 +14,7 @@ lost
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -74,6 +75,8 @@ def _serve(module: str, folder: Path) -> None:
     guards.disable_as_asked()
     cases = importlib.import_module(module)
     cases.warm(folder)
+    gc.collect()
+    gc.freeze()  # or each child would look through all that it was born with, and so copy it
     for line in sys.stdin:
         name, seed = json.loads(line)
         with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 FORKS = """
-import json, os, random, sys, time
+import gc, json, os, random, sys, time
 {setup}
 moments = random.Random(20)
 warm()
+gc.freeze()  # what the children are born with they need not look through
 
 def forked(longest):
     child = os.fork()
