@@ -47,14 +47,14 @@ def pretend(version, monkeypatch, tmp_path):
     """Let importlib.metadata find this version of transformers, or none, as in a kernel that has just been started."""
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     if version == "none":
-        find = importlib.metadata.version
+        find = importlib.metadata.distribution
 
         def missing(name):
             if name == "transformers":
                 raise importlib.metadata.PackageNotFoundError(name)
             return find(name)
 
-        monkeypatch.setattr(importlib.metadata, "version", missing)
+        monkeypatch.setattr(importlib.metadata, "distribution", missing)
         return
     folder = tmp_path / f"transformers-{version}.dist-info"
     folder.mkdir()
