@@ -62,6 +62,7 @@ def window(browser):
 
     def open_window():
         windows.append(browser.new_context(viewport=WINDOW))
+        windows[-1].set_default_timeout(pages.BUSY)
         return windows[-1].new_page()
 
     yield open_window
