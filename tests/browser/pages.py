@@ -1,10 +1,13 @@
 """A notebook in a browser, and what a person does with it."""
 
+import os
 import re
 import time
 from pathlib import Path
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
+THEMES = ["Light", "Dark"] if os.environ.get("AIRLLM_NB_BOTH_THEMES") else ["Dark"]
+"""Of pictures that a person looks at. What a theme can change, `test_strip` measures in both."""
 BUSY = 60_000  # milliseconds that a page may take to come, on a machine with other things to do
 
 STATES = "place => Array.from(place?.querySelectorAll('.airllm-strip i') ?? [], cell => cell.classList[0])"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pages
 import pytest
 
 from airllm_nb.demo import demo_path
@@ -11,7 +12,7 @@ BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # an image o
 LOAD = "%airllm load demo --device cpu --dtype float32"
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("theme", pages.THEMES)
 def test_quickstart(notebook7, theme):
     demo_path()
     notebook = notebook7(QUICKSTART, theme)

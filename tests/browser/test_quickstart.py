@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pages
 import pytest
 
 from airllm_nb.demo import demo_path
@@ -29,7 +30,7 @@ def watch(lab, index):
     return strips, lines
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("theme", pages.THEMES)
 def test_quickstart(lab, theme):
     demo_path()  # the download is not what is tested here
     notebook = lab(QUICKSTART, theme)

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import nbformat
+import pages
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("theme", pages.THEMES)
 def test_a_reopened_notebook_shows_the_results(lab, theme):
     quickstart = NOTEBOOKS / "01_quickstart.ipynb"
     results = sum("%%airllm" in cell.source for cell in nbformat.read(quickstart, as_version=4).cells)

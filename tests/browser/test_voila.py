@@ -22,7 +22,7 @@ display(button, place)""",
 )
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("theme", pages.THEMES)
 def test_app(serve, window, tmp_path, theme):
     """The page comes when its cells have run; what a click then starts moves."""
     demo_path()
