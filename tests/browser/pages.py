@@ -7,7 +7,7 @@ from pathlib import Path
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 THEMES = ["Light", "Dark"] if os.environ.get("AIRLLM_NB_BOTH_THEMES") else ["Dark"]
-"""Of pictures that a person looks at. What a theme can change, `test_strip` measures in both."""
+"""Of pictures that a person looks at. What a theme changes, `test_strip` measures in both."""
 BUSY = 60_000  # milliseconds that a page may take to come, on a machine with other things to do
 
 STATES = "place => Array.from(place?.querySelectorAll('.airllm-strip i') ?? [], cell => cell.classList[0])"
