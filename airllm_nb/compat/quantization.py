@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from airllm_nb.compat import compressed
+from airllm_nb.compat import bitsandbytes, compressed
 from airllm_nb.compat.fields import anything, block, group_size, names, one_of
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
+BITSANDBYTES = "bitsandbytes"
 PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
 
 MADE = (
@@ -46,6 +47,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "format": one_of("gemm"), "modules_to_not_convert": names, "do_fuse": one_of(False), "fuse_max_seq_len": anything,
         "backend": one_of("auto", "autoawq"),
     },
+    "bitsandbytes": bitsandbytes.FIELDS,
     "compressed-tensors": {
         "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
         "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
@@ -77,6 +79,12 @@ def config_of(raw: Raw) -> Raw | None:
     return None
 
 
+def method_of(config: Raw) -> Any:
+    """Return the ``quant_method``. Before there was that field, only bitsandbytes wrote a config."""
+    loads = config.get("load_in_4bit") or config.get("load_in_8bit")
+    return config.get("quant_method") or (BITSANDBYTES if loads else "?")
+
+
 def _parts(raw: Raw) -> Iterator[Raw]:
     yield raw
     if isinstance(text := raw.get("text_config"), dict):
@@ -88,7 +96,7 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
     config = part.get("quantization_config")
     if not config:
         return
-    method = config.get("quant_method", "?") if isinstance(config, dict) else config
+    method = method_of(config) if isinstance(config, dict) else config
     said = f"The weights of this checkpoint are quantized ({method})"
     if not isinstance(method, str) or method not in FIELDS:
         yield UnsupportedError(f"{said}, which this engine does not read.", PLAIN)
@@ -100,11 +108,14 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
         shown = json.dumps(value)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
         yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
-    for name in STATED.get(method, ()):
+    for name in bitsandbytes.stated(config) if method == BITSANDBYTES else STATED.get(method, ()):
         if config.get(name) is None:
             yield UnsupportedError(f"{said}, and {name} is not said, by which they would be read.", PLAIN)
-    if method == "compressed-tensors" and (odd := compressed.odd(config)):
-        yield UnsupportedError(f"{said} with {odd}, which this engine does not read.", PLAIN)
+    odd = {"compressed-tensors": compressed.odd, BITSANDBYTES: bitsandbytes.odd}.get(method)
+    if odd and (found := odd(config)):
+        yield UnsupportedError(f"{said} with {found}, which this engine does not read.", PLAIN)
+    if method == BITSANDBYTES and part.get("model_type") in bitsandbytes.TRANSPOSED:
+        yield UnsupportedError(f"{said}, and those of {part['model_type']} are stored transposed, which is not read.", PLAIN)
     if method == "mxfp4" and part.get("model_type") != "gpt_oss":
         yield UnsupportedError(f"{said}, which is read of gpt_oss, and this is {part.get('model_type')!r}.", PLAIN)
 
