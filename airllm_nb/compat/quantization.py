@@ -15,7 +15,8 @@ from airllm_nb.compat.fields import anything, block, group_size, names, one_of
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
-BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
+GPTQ, GPTQ_V2 = "gptq", "gptq_v2"
 PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
 
 MADE = (
@@ -36,9 +37,9 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # Mxfp4Config
     "mxfp4": {"dequantize": anything, "modules_to_not_convert": names},
     # GPTQConfig, and what AutoGPTQ and GPTQModel write beside
-    "gptq": {
-        "bits": one_of(4), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
-        "checkpoint_format": one_of("gptq"), "format": one_of("gptq"), "is_marlin_format": one_of(False),
+    GPTQ: {
+        "bits": one_of(4, 8), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
+        "checkpoint_format": one_of(GPTQ, GPTQ_V2), "format": one_of(GPTQ, GPTQ_V2), "is_marlin_format": one_of(False),
         "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": one_of({}), "act_group_aware": anything,
     } | dict.fromkeys(MADE, anything),
     # AwqConfig
@@ -48,7 +49,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "backend": one_of("auto", "autoawq"),
     },
     "bitsandbytes": bitsandbytes.FIELDS,
-    "compressed-tensors": {
+    COMPRESSED: {
         "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
         "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
         "run_compressed": anything, "sparsity_config": compressed.is_dense, "transform_config": one_of({}),
@@ -58,7 +59,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
 """The methods that are read, their fields, and which values of them. Each may also be absent or null, and others may be null."""
 
 
-STATED = {"gptq": ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
+STATED = {GPTQ: ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
 """What must stand there: defaults differ between those who write and who read."""
 
 
@@ -108,16 +109,24 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
         shown = json.dumps(value)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
         yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
+    for clause in _faults(method, config, part.get("model_type")):
+        yield UnsupportedError(f"{said}{clause}.", PLAIN)
+
+
+def _faults(method: str, config: Raw, model_type: Any) -> Iterator[str]:
+    """Yield what is wrong with a config whose fields are known, each for itself."""
     for name in bitsandbytes.stated(config) if method == BITSANDBYTES else STATED.get(method, ()):
         if config.get(name) is None:
-            yield UnsupportedError(f"{said}, and {name} is not said, by which they would be read.", PLAIN)
-    odd = {"compressed-tensors": compressed.odd, BITSANDBYTES: bitsandbytes.odd}.get(method)
+            yield f", and {name} is not said, by which they would be read"
+    odd = {COMPRESSED: compressed.odd, BITSANDBYTES: bitsandbytes.odd}.get(method)
     if odd and (found := odd(config)):
-        yield UnsupportedError(f"{said} with {found}, which this engine does not read.", PLAIN)
-    if method == BITSANDBYTES and part.get("model_type") in bitsandbytes.TRANSPOSED:
-        yield UnsupportedError(f"{said}, and those of {part['model_type']} are stored transposed, which is not read.", PLAIN)
-    if method == "mxfp4" and part.get("model_type") != "gpt_oss":
-        yield UnsupportedError(f"{said}, which is read of gpt_oss, and this is {part.get('model_type')!r}.", PLAIN)
+        yield f" with {found}, which this engine does not read"
+    if method == GPTQ and len({config.get(name) for name in ("checkpoint_format", "format")} - {None}) > 1:
+        yield ", and checkpoint_format and format contradict each other"
+    if method == BITSANDBYTES and model_type in bitsandbytes.TRANSPOSED:
+        yield f", and those of {model_type} are stored transposed, which this engine does not read"
+    if method == "mxfp4" and model_type != "gpt_oss":
+        yield f", which is read of gpt_oss, and this is {model_type!r}"
 
 
 def forget(config: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from airllm_nb.compat import compressed
+from airllm_nb.compat import compressed, quantization
 from airllm_nb.engine.checkpoint import TensorEntry
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.engine.unpacking import EACH, Blocks, Codes, Float8, Gptq, MxFp4, OfShape, Outputs, Packed
+from airllm_nb.engine.unpacking import WORD, Blocks, Codes, Float8, Gptq, MxFp4, OfShape, Outputs, Packed
 from airllm_nb.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -207,11 +207,15 @@ class CompressedTensors(Form):
 
 
 class Words(Form):
-    """What GPTQ and AWQ have in common: words of eight numbers, by inputs and outputs of a layer."""
+    """What GPTQ and AWQ have in common: words of eight numbers (or four), by inputs and outputs of a layer."""
 
     numbers = ".qweight"
     needed: tuple[str, ...] = (".scales", ".qzeros")
     dtypes = (torch.int32,)
+
+    def __init__(self, config: Mapping[str, Any], read: Read | None = None) -> None:
+        super().__init__(config, read)
+        self._each = WORD // config["bits"]
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return how many inputs and outputs a matrix of words has."""
@@ -225,9 +229,9 @@ class Words(Form):
         inputs, outputs = self._shape(require_matrix(numbers))
         size = self.config["group_size"]
         size = max(inputs, 1) if size == -1 else size
-        if inputs % size or outputs % EACH:
+        if inputs % size or outputs % self._each:
             raise CheckpointError(f"{numbers.name}: {inputs} inputs in groups of {size}, and {outputs} outputs.", APART)
-        require(beside[".qzeros"], self.dtypes, (inputs // size, outputs // EACH))
+        require(beside[".qzeros"], self.dtypes, (inputs // size, outputs // self._each))
         require(beside[".scales"], (torch.float16, torch.bfloat16), (inputs // size, outputs))
         if ".g_idx" in self.needed:
             require(beside[".g_idx"], (torch.int32,), (inputs,))
@@ -236,22 +240,23 @@ class Words(Form):
 
 
 class AutoGptq(Words):
-    """GPTQ in 4 bits."""
+    """GPTQ in 4 or 8 bits."""
 
     needed = (".scales", ".qzeros", ".g_idx")
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0] * EACH, shape[1]
+        return shape[0] * self._each, shape[1]
 
     def _unpack(self, name: str, size: int, factor: torch.dtype) -> Blocks:
-        return Gptq(name, size, factor, any_order=self.config["desc_act"])
+        second = quantization.GPTQ_V2 in (self.config.get("checkpoint_format"), self.config.get("format"))
+        return Gptq(name, size, factor, self.config["bits"], any_order=self.config["desc_act"], less=0 if second else 1)
 
 
 class AutoAwq(Words):
     """AWQ in 4 bits, with zero points."""
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0], shape[1] * EACH
+        return shape[0], shape[1] * self._each
 
     def _unpack(self, _name: str, size: int, factor: torch.dtype) -> Blocks:
         codes = Outputs()

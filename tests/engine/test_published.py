@@ -62,6 +62,13 @@ CASES = {
     "gptq, one group": (
         published.gptq(96, factor=torch.bfloat16), GPTQ | {"group_size": -1}, {"hidden_size": 96, "head_dim": 24}
     ),
+    "gptq, 8 bits": (
+        published.gptq(32, bits=8, any_order=True, factor=torch.bfloat16), GPTQ | {"bits": 8, "desc_act": True}, {}
+    ),
+    "gptq, second version": (published.gptq(32, less=0), GPTQ | {"checkpoint_format": "gptq_v2"}, {}),
+    "gptq, second version, 8 bits": (
+        published.gptq(64, bits=8, less=0), GPTQ | {"bits": 8, "group_size": 64, "format": "gptq_v2"}, {"intermediate_size": 128}
+    ),
     "awq": (published.awq(32), AWQ, {"dtype": torch.float16}),
     "nf4": (bitsandbytes.four_bits("nf4"), bitsandbytes.config(4), {}),
     "nf4, nested, experts": (
@@ -382,7 +389,8 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ("packed int4", {"config_groups": changed() | {"group_1": changed(num_bits=8)["group_0"]}}, "in different ways"),
         ("float, channels", {"config_groups": config("", "float", 8, "channel", symmetric=False)["config_groups"]}, "weights of"),
         ("gptq", {"bits": 3}, "with bits 3"),
-        ("gptq", {"checkpoint_format": "gptq_v2"}, 'with checkpoint_format "gptq_v2"'),
+        ("gptq", {"checkpoint_format": "gptq_p"}, 'with checkpoint_format "gptq_p"'),
+        ("gptq", {"checkpoint_format": "gptq_v2", "format": "gptq"}, "checkpoint_format and format contradict each other"),
         ("gptq", {"dynamic": {"-:.*down": {}}}, "with dynamic"),
         ("gptq", {"desc_act": None}, "and desc_act is not said"),
         ("gptq", {"group_size": 0}, "with group_size 0"),
