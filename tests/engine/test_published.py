@@ -221,6 +221,8 @@ def test_transformers_itself_gives_the_same_logits(made, case):
     pytest.importorskip("accelerate", reason="from_pretrained needs it for quantized checkpoints")
     if "load_in_8bit" in CASES[case][1]:
         pytest.skip("bitsandbytes multiplies otherwise")
+    if "config_groups" in CASES[case][1]:
+        pytest.importorskip("compressed_tensors")
     if versions.installed() < (5, 23) or case in {"fp8, edges", "int8, zero points, experts"} or "gptq" in case or case == "awq":
         pytest.skip("transformers does not dequantize this")
     quantized, _ = made(case)
