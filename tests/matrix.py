@@ -35,7 +35,8 @@ ENVIRON = {name: value for name, value in os.environ.items() if name != "VIRTUAL
 }  # fmt: skip
 CHECKS = ["compat", "notebook/test_doctor.py"]
 ENGINE = [
-    f"engine/test_{name}.py" for name in ("parity", "experts", "packed_experts", "many", "results", "quantize", "published")
+    f"engine/test_{name}.py"
+    for name in ("parity", "experts", "packed_experts", "many", "results", "quantize", "published", "published_bitsandbytes")
 ]
 """What depends on how a version builds and calls a model: on the ends of versions 4 and on the first 5."""
 WITH_ENGINE = ("4.43.4", "4.57.6", "5.0.0")

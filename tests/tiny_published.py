@@ -179,16 +179,17 @@ def compressed_config(stored: str, kind: str, bits: int, strategy: str, **fields
     }  # fmt: skip
 
 
-def gptq(size: int, *, any_order: bool = False, factor: torch.dtype = torch.float16) -> Quantize:
+def gptq(size: int, *, any_order: bool = False, factor: torch.dtype = torch.float16, bits: int = 4, less: int = 1) -> Quantize:
     """AutoGPTQ: words of eight inputs, the zero points less one."""
 
     def quantize(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not is_matrix(name, weight):
             return None
-        codes, zeros, factors, group, meant = by_input(weight, size, any_order, factor)
+        codes, zeros, factors, group, meant = by_input(weight, size, any_order, factor, 2**bits)
         stem = name.removesuffix("weight")
         stored = {
-            "qweight": nibbles(codes.T).T, "qzeros": nibbles(zeros - 1), "scales": factors, "g_idx": group.to(torch.int32)
+            "qweight": together(codes.T, bits).T, "qzeros": together(zeros - less, bits), "scales": factors,
+            "g_idx": group.to(torch.int32),
         }  # fmt: skip
         return {stem + end: tensor for end, tensor in stored.items()}, meant
 
@@ -203,26 +204,27 @@ def awq(size: int) -> Quantize:
             return None
         codes, zeros, factors, _, meant = by_input(weight, size, False, torch.float16)
         order = [8 * word + place for word in range(weight.shape[0] // 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
-        stored = {"qweight": nibbles(codes[:, order]), "qzeros": nibbles(zeros[:, order]), "scales": factors}
+        stored = {"qweight": together(codes[:, order]), "qzeros": together(zeros[:, order]), "scales": factors}
         return {name.removesuffix("weight") + end: tensor for end, tensor in stored.items()}, meant
 
     return quantize
 
 
-def by_input(weight: torch.Tensor, size: int, any_order: bool, factor: torch.dtype) -> tuple[torch.Tensor, ...]:
+def by_input(weight: torch.Tensor, size: int, any_order: bool, factor: torch.dtype, levels: int = 16) -> tuple[torch.Tensor, ...]:
     """Return codes (inputs, outputs), zero points and factors (groups, outputs), each input's group, and what it all means."""
     outputs, inputs = weight.shape
     generator = torch.Generator().manual_seed(inputs)
     group = torch.arange(inputs) // size
     if any_order:
         group = group[torch.randperm(inputs, generator=generator)]
-    factors = (torch.rand(inputs // size, outputs, generator=generator) / 10 + 0.01).to(factor)
-    zeros = torch.randint(1, 16, factors.shape, generator=generator)
-    codes = (weight.T / factors[group].float() + zeros[group]).round().clamp(0, 15).long()
+    factors = (torch.rand(inputs // size, outputs, generator=generator) / levels + 0.01).to(factor)
+    zeros = torch.randint(1, levels, factors.shape, generator=generator)
+    codes = (weight.T / factors[group].float() + zeros[group]).round().clamp(0, levels - 1).long()
     meant = ((codes - zeros[group]).double() * factors[group].double()).to(factor).float()
     return codes, zeros, factors, group, meant.T
 
 
-def nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Pack the numbers of each row, eight in a word, the first one lowest."""
-    return (codes.unflatten(1, (-1, 8)) << (torch.arange(8) * 4)).sum(-1).to(torch.int32)
+def together(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Pack the numbers of each row into words of 32 bits, the first one lowest."""
+    each = 32 // bits
+    return (codes.unflatten(1, (-1, each)) << (torch.arange(each) * bits)).sum(-1).to(torch.int32)

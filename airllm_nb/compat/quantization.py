@@ -10,11 +10,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from airllm_nb.compat import compressed
+from airllm_nb.compat import bitsandbytes, compressed
 from airllm_nb.compat.fields import anything, block, group_size, names, one_of
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
+BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
+GPTQ, GPTQ_V2 = "gptq", "gptq_v2"
 PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
 
 MADE = (
@@ -35,9 +37,9 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # Mxfp4Config
     "mxfp4": {"dequantize": anything, "modules_to_not_convert": names},
     # GPTQConfig, and what AutoGPTQ and GPTQModel write beside
-    "gptq": {
-        "bits": one_of(4), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
-        "checkpoint_format": one_of("gptq"), "format": one_of("gptq"), "is_marlin_format": one_of(False),
+    GPTQ: {
+        "bits": one_of(4, 8), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
+        "checkpoint_format": one_of(GPTQ, GPTQ_V2), "format": one_of(GPTQ, GPTQ_V2), "is_marlin_format": one_of(False),
         "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": one_of({}), "act_group_aware": anything,
     } | dict.fromkeys(MADE, anything),
     # AwqConfig
@@ -46,7 +48,8 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "format": one_of("gemm"), "modules_to_not_convert": names, "do_fuse": one_of(False), "fuse_max_seq_len": anything,
         "backend": one_of("auto", "autoawq"),
     },
-    "compressed-tensors": {
+    "bitsandbytes": bitsandbytes.FIELDS,
+    COMPRESSED: {
         "config_groups": compressed.well_formed, "dequantize": anything, "format": one_of(*compressed.FORMATS),
         "global_compression_ratio": anything, "ignore": names, "quantization_status": one_of("compressed"),
         "run_compressed": anything, "sparsity_config": compressed.is_dense, "transform_config": one_of({}),
@@ -56,7 +59,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
 """The methods that are read, their fields, and which values of them. Each may also be absent or null, and others may be null."""
 
 
-STATED = {"gptq": ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
+STATED = {GPTQ: ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
 """What must stand there: defaults differ between those who write and who read."""
 
 
@@ -77,6 +80,12 @@ def config_of(raw: Raw) -> Raw | None:
     return None
 
 
+def method_of(config: Raw) -> Any:
+    """Return the ``quant_method``. Before there was that field, only bitsandbytes wrote a config."""
+    loads = config.get("load_in_4bit") or config.get("load_in_8bit")
+    return config.get("quant_method") or (BITSANDBYTES if loads else "?")
+
+
 def _parts(raw: Raw) -> Iterator[Raw]:
     yield raw
     if isinstance(text := raw.get("text_config"), dict):
@@ -88,7 +97,7 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
     config = part.get("quantization_config")
     if not config:
         return
-    method = config.get("quant_method", "?") if isinstance(config, dict) else config
+    method = method_of(config) if isinstance(config, dict) else config
     said = f"The weights of this checkpoint are quantized ({method})"
     if not isinstance(method, str) or method not in FIELDS:
         yield UnsupportedError(f"{said}, which this engine does not read.", PLAIN)
@@ -100,13 +109,24 @@ def refusals(part: Raw) -> Iterator[UnsupportedError]:
         shown = json.dumps(value)
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."  # noqa: PLR2004  # to read
         yield UnsupportedError(f"{said} with {name} {shown}, which this engine does not read.", PLAIN)
-    for name in STATED.get(method, ()):
+    for clause in _faults(method, config, part.get("model_type")):
+        yield UnsupportedError(f"{said}{clause}.", PLAIN)
+
+
+def _faults(method: str, config: Raw, model_type: Any) -> Iterator[str]:
+    """Yield what is wrong with a config whose fields are known, each for itself."""
+    for name in bitsandbytes.stated(config) if method == BITSANDBYTES else STATED.get(method, ()):
         if config.get(name) is None:
-            yield UnsupportedError(f"{said}, and {name} is not said, by which they would be read.", PLAIN)
-    if method == "compressed-tensors" and (odd := compressed.odd(config)):
-        yield UnsupportedError(f"{said} with {odd}, which this engine does not read.", PLAIN)
-    if method == "mxfp4" and part.get("model_type") != "gpt_oss":
-        yield UnsupportedError(f"{said}, which is read of gpt_oss, and this is {part.get('model_type')!r}.", PLAIN)
+            yield f", and {name} is not said, by which they would be read"
+    odd = {COMPRESSED: compressed.odd, BITSANDBYTES: bitsandbytes.odd}.get(method)
+    if odd and (found := odd(config)):
+        yield f" with {found}, which this engine does not read"
+    if method == GPTQ and len({config.get(name) for name in ("checkpoint_format", "format")} - {None}) > 1:
+        yield ", and checkpoint_format and format contradict each other"
+    if method == BITSANDBYTES and model_type in bitsandbytes.TRANSPOSED:
+        yield f", and those of {model_type} are stored transposed, which this engine does not read"
+    if method == "mxfp4" and model_type != "gpt_oss":
+        yield f", which is read of gpt_oss, and this is {model_type!r}"
 
 
 def forget(config: Any) -> None:

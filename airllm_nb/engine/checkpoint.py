@@ -40,6 +40,9 @@ class TensorEntry:
 
     Those of a tensor that is to be unpacked (its `dtype` is uint8 then) become numbers by ``unpack(bytes, into)``, and if other
     tensors are needed for that, the `companions`, by ``unpack(bytes, into, bytes of each of them)``.
+
+    Where its shape stands in a companion that was not read, for planning from headers alone, it is `shapeless`: of its `shape`
+    only the number of elements counts, which may be one too large.
     """
 
     name: str
@@ -50,6 +53,7 @@ class TensorEntry:
     nbytes: int
     unpack: Callable[..., None] | None = field(default=None, compare=False)
     companions: tuple[TensorEntry, ...] = ()
+    shapeless: bool = False
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -179,7 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     with reading(path):
         raw = path.read_bytes()
-    return _json_object(raw, path.name)
+    return json_object(raw, path.name)
 
 
 def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
@@ -187,7 +191,7 @@ def _files(folder: Path, *, single: bool) -> tuple[list[str], dict[str, str]]:
     if (folder / INDEX).is_file() and not single:
         with reading(folder / INDEX):
             raw = (folder / INDEX).read_bytes()
-        index = _json_object(raw, INDEX).get("weight_map")
+        index = json_object(raw, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise CheckpointError(f"{INDEX} has no usable weight_map.", AGAIN)
         names = sorted(set(index.values()))
@@ -238,7 +242,7 @@ def parse_header(raw: bytes, size: int, path: Path) -> list[TensorEntry]:
         In file order. Together they cover the file's data exactly once.
     """
     start = len(raw)
-    header = _json_object(raw[8:], path.name)
+    header = json_object(raw[8:], path.name)
     header.pop("__metadata__", None)
     entries = []
     for name, info in header.items():
@@ -270,7 +274,9 @@ def parse_header(raw: bytes, size: int, path: Path) -> list[TensorEntry]:
     return entries
 
 
-def _json_object(raw: bytes, name: str) -> dict[str, Any]:
+def json_object(raw: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object without duplicate keys; `name` is for errors."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Refuse duplicate keys: two readers could take different ones."""
         if len(found := dict(pairs)) != len(pairs):

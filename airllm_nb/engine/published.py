@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from airllm_nb.compat import quantization
 from airllm_nb.compat.wellformed import faults
+from airllm_nb.engine import published_bitsandbytes
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry, read_config
-from airllm_nb.engine.published_forms import APART, FORMS, Form
+from airllm_nb.engine.published_forms import APART, AutoAwq, AutoGptq, CompressedTensors, Form, Fp8, GptOss, Read
 from airllm_nb.engine.readable import AGAIN
+from airllm_nb.engine.reader import Reader
 from airllm_nb.errors import CheckpointError, UnsupportedError
 
 FLOAT8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2"))
+WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FORMS: dict[str, Callable[[Mapping[str, Any], Read | None], Form]] = {
+    "fp8": Fp8, "mxfp4": GptOss, "compressed-tensors": CompressedTensors, "gptq": AutoGptq, "awq": AutoAwq,
+    quantization.BITSANDBYTES: published_bitsandbytes.form,
+}  # fmt: skip
+"""By the ``quant_method`` of config.json."""
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
@@ -30,8 +41,10 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     if any(faults(raw)) or (config := quantization.config_of(raw)) is None:
         _refuse_bare(checkpoint.values())
         return checkpoint  # what is wrong with a config.json is told by who loads it
-    method = config["quant_method"]
-    entries = list(_entries(checkpoint, FORMS[method](config)))
+    method = quantization.method_of(config)
+    with contextlib.closing(Reader(checkpoint)) as reader:
+        read = functools.partial(_bytes_of, reader) if checkpoint.states else None
+        entries = list(_entries(checkpoint, FORMS[method](config, read)))
     _refuse_bare(entries)
     if not any(entry.unpack for entry in entries):
         raise UnsupportedError(
@@ -43,6 +56,12 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
         name = next(entry.name for entry in entries if entry is not whole[entry.name])
         raise CheckpointError(f"{name} is there twice, plain and quantized.", APART)
     return whole
+
+
+def _bytes_of(reader: Reader, entry: TensorEntry) -> torch.Tensor:
+    found = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+    reader.read(entry.file, entry.offset, memoryview(found.numpy()), keep_cached=True)  # type: ignore[arg-type]  # a buffer
+    return found
 
 
 def _refuse_bare(entries: Iterable[TensorEntry]) -> None:
@@ -71,7 +90,7 @@ def _entries(checkpoint: Checkpoint, form: Form) -> Iterator[TensorEntry]:
             continue
         stem = name.removesuffix(ending)
         group = groups[stem]
-        if len(group) == 1 and ending == form.numbers and entry.dtype not in form.dtypes:
+        if len(group) == 1 and ending == form.numbers and (entry.dtype in WEIGHTS or entry.dtype not in form.dtypes):
             yield entry  # a norm, or a layer that was left as it is
             continue
         _require_whole(stem, group, form)
@@ -95,7 +114,7 @@ def _require_whole(stem: str, group: Mapping[str, TensorEntry], form: Form) -> N
 
 def _require_meant(stem: str, form: Form) -> None:
     """Refuse a quantized weight of a module that config.json says is plain."""
-    lists = ("modules_to_not_convert", "ignored_layers", "ignore")
+    lists = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
     for name in (name for key in lists for name in form.config.get(key) or ()):
         if stem == name or stem.startswith(f"{name}.") or stem.endswith(f".{name}"):
             raise CheckpointError(f"{stem} is quantized, and config.json says that it is not (with {name!r}).", APART)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from airllm_nb.compat import compressed
+from airllm_nb.compat import compressed, quantization
 from airllm_nb.engine.checkpoint import TensorEntry
 from airllm_nb.engine.readable import AGAIN
-from airllm_nb.engine.unpacking import EACH, Blocks, Codes, Float8, Gptq, MxFp4, OfShape, Outputs, Packed
+from airllm_nb.engine.unpacking import WORD, Blocks, Codes, Float8, Gptq, MxFp4, OfShape, Outputs, Packed
 from airllm_nb.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Read = Callable[[TensorEntry], torch.Tensor]
 APART = "The weights and config.json do not belong together. " + AGAIN
 
 
@@ -35,7 +36,10 @@ class Form:
     dropped : tuple of str
         How the names of those end that serve quantized activations: transformers drops them where it dequantizes.
     dtypes : tuple of torch.dtype
-        What quantized numbers are stored as. Others are plain weights.
+        What quantized numbers are stored as. Others are plain weights, and so is what has nothing beside it in a dtype that
+        weights have.
+    read : callable or None
+        Returns the bytes of a tensor. There is none where a model is planned from headers alone.
     """
 
     numbers = ".weight"
@@ -45,8 +49,9 @@ class Form:
     dropped: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], read: Read | None = None) -> None:
         self.config = dict(config)
+        self.read = read
 
     def weight(self, name: str, numbers: TensorEntry, beside: Mapping[str, TensorEntry]) -> TensorEntry:
         """Return the weight that some tensors become.
@@ -68,20 +73,21 @@ class Form:
         raise NotImplementedError
 
 
-def _made(
+def made(
     name: str, shape: tuple[int, ...], numbers: TensorEntry, unpack: Callable[..., None], *companions: TensorEntry
 ) -> TensorEntry:
+    """Return the entry of a weight that is unpacked from its numbers and their companions."""
     return replace(numbers, name=name, dtype=torch.uint8, shape=shape, unpack=unpack, companions=companions)
 
 
-def require(entry: TensorEntry, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]) -> None:
-    """Refuse a tensor of another dtype or shape."""
+def require(entry: TensorEntry, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...], by: str = "config.json") -> None:
+    """Refuse a tensor of another dtype or shape; `by` names what asks for it."""
     if entry.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise CheckpointError(f"Tensor {entry.name} is {str(entry.dtype).removeprefix('torch.')} and should be {wanted}.", APART)
     if entry.shape not in shapes:
         wanted = " or ".join(map(str, shapes))
-        raise CheckpointError(f"Tensor {entry.name} has shape {entry.shape}, and config.json asks for {wanted}.", APART)
+        raise CheckpointError(f"Tensor {entry.name} has shape {entry.shape}, and {by} asks for {wanted}.", APART)
 
 
 def require_matrix(entry: TensorEntry) -> tuple[int, int]:
@@ -114,7 +120,7 @@ class Fp8(Form):
             require(factors, FLOATS, (-(-rows // high), -(-columns // wide)))
         # In float32, and rounded once: as `Fp8Dequantize` of transformers 5.23 does.
         unpack = Blocks(Float8(numbers.dtype), (high, wide), factors.dtype, torch.float32)
-        return _made(name, (rows, columns), numbers, unpack, factors)
+        return made(name, (rows, columns), numbers, unpack, factors)
 
 
 class GptOss(Form):
@@ -133,7 +139,7 @@ class GptOss(Form):
         experts, rows, groups, half = numbers.shape
         require(numbers, self.dtypes, (experts, rows, groups, MxFp4.GROUP // 2))
         require(exponents, self.dtypes, (experts, rows, groups))
-        return _made(name, (experts, 2 * half * groups, rows), numbers, MxFp4(), exponents)
+        return made(name, (experts, 2 * half * groups, rows), numbers, MxFp4(), exponents)
 
 
 class CompressedTensors(Form):
@@ -141,8 +147,8 @@ class CompressedTensors(Form):
 
     dropped = (".input_scale", ".input_zero_point")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
+    def __init__(self, config: Mapping[str, Any], read: Read | None = None) -> None:
+        super().__init__(config, read)
         group = next(iter(config["config_groups"].values()))
         self._weights = group["weights"]
         self._packed = compressed.stored_as(group, self.config) == compressed.PACKED
@@ -183,7 +189,7 @@ class CompressedTensors(Form):
             shape = beside[".weight_shape"]
             require(shape, (torch.int64, torch.int32), (2,))
             unpack = OfShape(shape.name, shape.dtype, unpack)
-        return _made(name, (rows, columns), numbers, unpack, *(beside[ending] for ending in self.needed))
+        return made(name, (rows, columns), numbers, unpack, *(beside[ending] for ending in self.needed))
 
     def _block(self, rows: int, columns: int) -> tuple[Any, ...]:
         """Return how many rows and columns share a factor, and the shapes that the factors' tensor may have."""
@@ -201,11 +207,15 @@ class CompressedTensors(Form):
 
 
 class Words(Form):
-    """What GPTQ and AWQ have in common: words of eight numbers, by inputs and outputs of a layer."""
+    """What GPTQ and AWQ have in common: words of eight numbers (or four), by inputs and outputs of a layer."""
 
     numbers = ".qweight"
     needed: tuple[str, ...] = (".scales", ".qzeros")
     dtypes = (torch.int32,)
+
+    def __init__(self, config: Mapping[str, Any], read: Read | None = None) -> None:
+        super().__init__(config, read)
+        self._each = WORD // config["bits"]
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return how many inputs and outputs a matrix of words has."""
@@ -219,40 +229,35 @@ class Words(Form):
         inputs, outputs = self._shape(require_matrix(numbers))
         size = self.config["group_size"]
         size = max(inputs, 1) if size == -1 else size
-        if inputs % size or outputs % EACH:
+        if inputs % size or outputs % self._each:
             raise CheckpointError(f"{numbers.name}: {inputs} inputs in groups of {size}, and {outputs} outputs.", APART)
-        require(beside[".qzeros"], self.dtypes, (inputs // size, outputs // EACH))
+        require(beside[".qzeros"], self.dtypes, (inputs // size, outputs // self._each))
         require(beside[".scales"], (torch.float16, torch.bfloat16), (inputs // size, outputs))
         if ".g_idx" in self.needed:
             require(beside[".g_idx"], (torch.int32,), (inputs,))
         unpack = self._unpack(numbers.name, size, beside[".scales"].dtype)
-        return _made(name, (outputs, inputs), numbers, unpack, *(beside[ending] for ending in self.needed))
+        return made(name, (outputs, inputs), numbers, unpack, *(beside[ending] for ending in self.needed))
 
 
 class AutoGptq(Words):
-    """GPTQ in 4 bits."""
+    """GPTQ in 4 or 8 bits."""
 
     needed = (".scales", ".qzeros", ".g_idx")
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0] * EACH, shape[1]
+        return shape[0] * self._each, shape[1]
 
     def _unpack(self, name: str, size: int, factor: torch.dtype) -> Blocks:
-        return Gptq(name, size, factor, any_order=self.config["desc_act"])
+        second = quantization.GPTQ_V2 in (self.config.get("checkpoint_format"), self.config.get("format"))
+        return Gptq(name, size, factor, self.config["bits"], any_order=self.config["desc_act"], less=0 if second else 1)
 
 
 class AutoAwq(Words):
     """AWQ in 4 bits, with zero points."""
 
     def _shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0], shape[1] * EACH
+        return shape[0], shape[1] * self._each
 
     def _unpack(self, _name: str, size: int, factor: torch.dtype) -> Blocks:
         codes = Outputs()
         return Blocks(codes, (1, size), factor, factor, codes.zeros, by_column=True)
-
-
-FORMS: dict[str, type[Form]] = {
-    "fp8": Fp8, "mxfp4": GptOss, "compressed-tensors": CompressedTensors, "gptq": AutoGptq, "awq": AutoAwq,
-}  # fmt: skip
-"""By the ``quant_method`` of config.json."""

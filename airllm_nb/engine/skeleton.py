@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def build(
     ignored = [COMPUTED, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
     wanted = model.state_dict()
+    recipes = [_as_asked(recipe, wanted, checkpoint) for recipe in recipes]
     _check_shapes(recipes, wanted, unused)
     recipes, owners = _untied(recipes, places, checkpoint)
     _check_complete(owners, places, folder)
@@ -150,6 +152,16 @@ def _is_mapped(recipes: Sequence[keys.Recipe], first: str, checkpoint: Checkpoin
     entry = next((checkpoint[recipe.sources[0]] for recipe in recipes if first in recipe.targets), None)
     files = sorted(entry.file for entry in checkpoint.values())
     return entry is not None and entry.file == files[0] and entry.dtype == dtype
+
+
+def _as_asked(recipe: keys.Recipe, wanted: keys.Tensors, checkpoint: Checkpoint) -> keys.Recipe:
+    """Give what is made of tensors whose shape is not known the shapes that the model asks for, if they have as many elements."""
+    shapeless = sum(checkpoint[name].shapeless for name in recipe.sources)
+    if not shapeless or not recipe.targets.keys() <= wanted.keys():
+        return recipe
+    asked = {name: tuple(wanted[name].shape) for name in recipe.targets}
+    surplus = sum(map(math.prod, recipe.targets.values())) - sum(map(math.prod, asked.values()))
+    return replace(recipe, targets=asked) if 0 <= surplus <= shapeless else recipe
 
 
 def _check_shapes(recipes: Sequence[keys.Recipe], wanted: keys.Tensors, unused: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 """What four bits stand for: a sign, two bits of exponent, one of mantissa (E2M1 of the OCP Microscaling Formats 1.0, 5.3.3)."""
 BITS, EACH, LAST = 4, 8, 15
 """Of whole numbers of four bits: how many in a word of 32, and the largest."""
+WORD = 32
 BIAS = 127
 """What is taken from an exponent that is stored as a byte (E8M0, 5.4.1 there)."""
 
@@ -162,10 +163,10 @@ def halves(part: torch.Tensor) -> torch.Tensor:
 
 
 class Inputs(Packed):
-    """GPTQ's words: each has eight inputs of one output, and so is of a row of the matrix that is wanted."""
+    """GPTQ's words: each has eight inputs of one output (or four), and so is of a row of the matrix that is wanted."""
 
-    def __init__(self) -> None:
-        super().__init__(BITS, 0)
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits, 0)
 
     def rows(self, raw: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the bytes so that those of a row lie together."""
@@ -198,9 +199,10 @@ class Outputs(Codes):
 
 
 class Gptq(Blocks):
-    """The layout of AutoGPTQ, in which a zero point is stored less one.
+    """The layout of AutoGPTQ, in which a zero point is stored less one, and its second version, in which it is not.
 
-    See ``auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py`` of 0.7.1. Rounded to the factors' dtype.
+    See ``auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py`` of AutoGPTQ 0.7.1, and ``dequantize_weight`` in
+    ``gptqmodel/nn_modules/qlinear/__init__.py`` of GPTQModel 7.7. Rounded to the factors' dtype.
 
     Parameters
     ----------
@@ -210,20 +212,29 @@ class Gptq(Blocks):
         Of a group of inputs.
     factor : torch.dtype
         Of the factors.
+    bits : int
+        Of a number: 4 or 8.
     any_order : bool
         Whether the inputs of a group may lie anywhere (``desc_act``).
+    less : int
+        What has been taken from zero points: 1, or 0 in the second version.
     """
 
-    def __init__(self, name: str, size: int, factor: torch.dtype, *, any_order: bool) -> None:
-        super().__init__(Inputs(), (1, size), factor, factor, self._one_less, by_column=True)
+    def __init__(self, name: str, size: int, factor: torch.dtype, bits: int, *, any_order: bool, less: int) -> None:
+        self._inputs = Inputs(bits)
+        super().__init__(self._inputs, (1, size), factor, factor, self._zero_points, by_column=True)
         self._name = name
+        self._last = (1 << bits) - 1
         self._any_order = any_order
+        self._less = less
 
-    def _one_less(self, raw: torch.Tensor, grid: Grid) -> torch.Tensor:
-        found = halves(raw.view(grid[1], -1)).T
-        if (found == LAST).any():
-            raise UnsupportedError(f"A zero point of {self._name} is 15, which is 16 to some readers and 0 to others.", PLAIN)
-        return found + 1
+    def _zero_points(self, raw: torch.Tensor, grid: Grid) -> torch.Tensor:
+        found = self._inputs(raw.view(grid[1], -1), 0, grid[1]).T
+        if self._less and (found == self._last).any():
+            raise UnsupportedError(
+                f"A zero point of {self._name} is {self._last}, which is {self._last + 1} to some readers and 0 to others.", PLAIN
+            )
+        return found + self._less
 
     def _order(self, grid: Grid, columns: int, *others: torch.Tensor) -> torch.Tensor | None:
         groups = others[1].view(torch.int32)

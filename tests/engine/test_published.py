@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tiny_bitsandbytes as bitsandbytes
 import tiny_published as published
 import torch
 import transformers
@@ -61,7 +62,31 @@ CASES = {
     "gptq, one group": (
         published.gptq(96, factor=torch.bfloat16), GPTQ | {"group_size": -1}, {"hidden_size": 96, "head_dim": 24}
     ),
+    "gptq, 8 bits": (
+        published.gptq(32, bits=8, any_order=True, factor=torch.bfloat16), GPTQ | {"bits": 8, "desc_act": True}, {}
+    ),
+    "gptq, second version": (published.gptq(32, less=0), GPTQ | {"checkpoint_format": "gptq_v2"}, {}),
+    "gptq, second version, 8 bits": (
+        published.gptq(64, bits=8, less=0), GPTQ | {"bits": 8, "group_size": 64, "format": "gptq_v2"}, {"intermediate_size": 128}
+    ),
     "awq": (published.awq(32), AWQ, {"dtype": torch.float16}),
+    "nf4": (bitsandbytes.four_bits("nf4"), bitsandbytes.config(4), {}),
+    "nf4, nested, experts": (
+        bitsandbytes.four_bits("nf4", nested=True), bitsandbytes.config(4, nested=True), {"raw": CONFIGS["mixtral"]}
+    ),
+    "nf4, nested, stored as bfloat16": (
+        bitsandbytes.four_bits("nf4", nested=True, storage=torch.bfloat16),
+        bitsandbytes.config(4, nested=True, bnb_4bit_quant_storage="bfloat16"), {"intermediate_size": 1040},
+    ),
+    "fp4, float16, edges": (
+        bitsandbytes.four_bits("fp4", 128, dtype=torch.float16), bitsandbytes.config(4, "fp4"),
+        {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 18, "intermediate_size": 57},
+    ),
+    "nf4, float32": (bitsandbytes.four_bits("nf4", 4096, dtype=torch.float32), bitsandbytes.config(4), {}),
+    "LLM.int8()": (bitsandbytes.eight_bits(), bitsandbytes.config(8), {"dtype": torch.float16}),
+    "LLM.int8(), older": (
+        bitsandbytes.eight_bits(order=None), {"load_in_8bit": True, "llm_int8_threshold": 6.0}, {"raw": CONFIGS["mixtral"]}
+    ),
     "mxfp4": (published.mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, {"raw": published.GPT_OSS}),
 }  # fmt: skip
 
@@ -194,6 +219,10 @@ def test_mxfp4_is_what_transformers_dequantizes(tmp_path, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_itself_gives_the_same_logits(made, case):
     pytest.importorskip("accelerate", reason="from_pretrained needs it for quantized checkpoints")
+    if "load_in_8bit" in CASES[case][1]:
+        pytest.skip("bitsandbytes multiplies otherwise")
+    if "config_groups" in CASES[case][1]:
+        pytest.importorskip("compressed_tensors")
     if versions.installed() < (5, 23) or case in {"fp8, edges", "int8, zero points, experts"} or "gptq" in case or case == "awq":
         pytest.skip("transformers does not dequantize this")
     quantized, _ = made(case)
@@ -338,7 +367,7 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ("fp8", {"kv_cache_scheme": {"num_bits": 8}}, "with kv_cache_scheme"),
         ("fp8", {"sparsity_config": {"format": "dense"}}, "with sparsity_config"),
         ("fp8", {"quant_method": "mxfp4"}, "quantized (mxfp4) with activation_scheme"),
-        ("fp8", {"quant_method": "bitsandbytes"}, "quantized (bitsandbytes), which this engine does not read"),
+        ("fp8", {"quant_method": "aqlm"}, "quantized (aqlm), which this engine does not read"),
         ("fp8", {"quant_method": ["fp8"]}, "quantized (['fp8'])"),
         ("packed int4", {"kv_cache_scheme": {"num_bits": 8}}, "with kv_cache_scheme"),
         ("packed int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparsity_config"),
@@ -362,7 +391,8 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ("packed int4", {"config_groups": changed() | {"group_1": changed(num_bits=8)["group_0"]}}, "in different ways"),
         ("float, channels", {"config_groups": config("", "float", 8, "channel", symmetric=False)["config_groups"]}, "weights of"),
         ("gptq", {"bits": 3}, "with bits 3"),
-        ("gptq", {"checkpoint_format": "gptq_v2"}, 'with checkpoint_format "gptq_v2"'),
+        ("gptq", {"checkpoint_format": "gptq_p"}, 'with checkpoint_format "gptq_p"'),
+        ("gptq", {"checkpoint_format": "gptq_v2", "format": "gptq"}, "checkpoint_format and format contradict each other"),
         ("gptq", {"dynamic": {"-:.*down": {}}}, "with dynamic"),
         ("gptq", {"desc_act": None}, "and desc_act is not said"),
         ("gptq", {"group_size": 0}, "with group_size 0"),
