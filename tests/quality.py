@@ -1,7 +1,7 @@
-"""What quantization costs: ``python tests/quality.py [MODEL]`` prints the table of `tests/benchmarks/README.md`.
+"""What quantization costs: ``python tests/quality.py [MODEL [TEXT]]`` prints the table of `tests/benchmarks/README.md`.
 
-Perplexity of the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), and the mean
-Kullback-Leibler divergence from the unquantized model's next-token distributions to the quantized one's, in nats. Activations
+Perplexity of a text file, or of the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), and the
+mean Kullback-Leibler divergence from the unquantized model's next-token distributions to the quantized one's, in nats. Activations
 are float32 and the weights unpacked, so that what is seen is the rounding of the weights alone. For comparison, the same matrices
 rounded as llama.cpp does it for its Q4_0, in groups of 32 (without its matrix of importances).
 """
@@ -25,11 +25,13 @@ LLAMA_CPP = "llama.cpp's Q4_0"
 QUANTIZATIONS = (None, "int8", "int4-32", "int4", "int4-128", "int4-gptq", "int4-128-gptq", LLAMA_CPP)
 
 
-def distributions(model: str, quantize: str | None, ids: list[int] | None = None) -> tuple[torch.Tensor, list[int]]:
+def distributions(
+    model: str, quantize: str | None, ids: list[int] | None = None, text: Path = TEXT
+) -> tuple[torch.Tensor, list[int]]:
     """Return the log probabilities of each next token, shape (tokens - 1, vocabulary), and the tokens of the text."""
     ours = None if quantize == LLAMA_CPP else quantize
     with LayeredModel.from_pretrained(model, device="cpu", dtype="float32", quantize=ours) as loaded, torch.no_grad():
-        ids = ids or loaded.tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
+        ids = ids or loaded.tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
         computing = _as_llama_cpp(loaded.path) if quantize == LLAMA_CPP else loaded
         return log_softmax(computing(torch.tensor([ids])).logits[0, :-1].float(), dim=-1), ids
 
@@ -46,9 +48,9 @@ def _as_llama_cpp(folder: Path) -> Any:
     return model
 
 
-def main(model: str = "demo") -> None:
+def main(model: str = "demo", text: str | Path = TEXT) -> None:
     """Print a row for each quantization."""
-    reference, ids = distributions(model, None)
+    reference, ids = distributions(model, None, text=Path(text))
     following = torch.tensor(ids[1:])
     print(f"{model}, {len(ids)} tokens\n\n| quantize | perplexity | over unquantized | KL divergence |\n|---|--:|--:|--:|")
     base = None
