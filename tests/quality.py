@@ -1,9 +1,9 @@
 """What quantization costs: ``python tests/quality.py [MODEL [TEXT]]`` prints the table of `tests/benchmarks/README.md`.
 
 Perplexity of a text file, or of the beginning of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), and the
-mean Kullback-Leibler divergence from the unquantized model's next-token distributions to the quantized one's, in nats. Activations
-are float32 and the weights unpacked, so that what is seen is the rounding of the weights alone. For comparison, the same matrices
-rounded as llama.cpp does it for its Q4_0, in groups of 32 (without its matrix of importances).
+mean Kullback-Leibler divergence from the unquantized model's next-token distributions to the quantized one's, in nats.
+Activations are float32 and the weights unpacked, so that what is seen is the rounding of the weights alone. For comparison, the
+same matrices rounded as llama.cpp does it for its Q4_0, in groups of 32 (without its matrix of importances).
 """
 
 from __future__ import annotations
