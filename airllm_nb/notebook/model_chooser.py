@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from airllm_nb.engine.prediction import Prediction
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZE = ("no", "int8", "int4")
+QUANTIZE = ("no", "int8", "int4", "int4-32")  # the last is what a GGUF file's plan advises
 STEPS = 200
 LABEL = "76px"
 EXPECTED = "Type a name and press Enter: a model of the hub such as org/name, a local folder, or demo."
@@ -44,7 +44,7 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
     def __init__(self, defaults: dict[str, str]) -> None:
         style = {"description_width": LABEL}
         self.model = ipywidgets.Combobox(
-            description="Model", value="demo", placeholder="org/name, a folder, or demo",
+            description="Model", value="demo", placeholder="org/name, a folder, a .gguf file, or demo",
             continuous_update=False, style=style, layout={"width": "auto", "max_width": "560px"},
         )  # fmt: skip
         self.device = DeviceSelector()
@@ -55,7 +55,8 @@ class ModelChooser(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets publish
         self.quantize = ipywidgets.ToggleButtons(
             options=QUANTIZE,
             tooltips=["The weights as they are published", "8 bits a weight: half the memory, nearly the same text",
-                      "4 bits a weight: a quarter of the memory and faster, but a worse model"],
+                      "4 bits a weight: a quarter of the memory and faster, but a worse model",
+                      "5 bits a weight: a little better, and as it was where a file has 4 bits in such groups already"],
         )  # fmt: skip
         for buttons in (self.dtype, self.quantize):
             buttons.style.button_width = "auto"

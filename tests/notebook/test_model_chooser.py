@@ -100,9 +100,10 @@ def test_a_bug_keeps_its_traceback(chooser, monkeypatch):
 
 
 def test_quantized_layers_are_planned(chooser):
-    chooser.quantize.value = "int4"
-    wait_for(lambda: "<dt>quantized</dt>" in chooser.plan.value)
-    assert "int4-64: 24 matrices of the layers" in chooser.plan.value
-    assert chooser.options["quantize"] == "int4"
+    for name, group in (("int4", 64), ("int4-32", 32)):
+        chooser.quantize.value = name
+        wait_for(lambda group=group: f"int4-{group}: " in chooser.plan.value)
+        assert "<dt>quantized</dt>" in chooser.plan.value
+        assert chooser.options["quantize"] == name
     chooser.quantize.value = "no"
     wait_for(lambda: "<dt>quantized</dt>" not in chooser.plan.value)
