@@ -64,6 +64,25 @@ def _bytes_of(reader: Reader, entry: TensorEntry) -> torch.Tensor:
     return found
 
 
+def meaningful(checkpoint: Checkpoint, unused: Iterable[str]) -> list[str]:
+    """Return which tensors that a model has no place for it cannot do without: all but biases of zeros.
+
+    AutoGPTQ before 0.5 gave a bias to every layer that it quantized, and many published checkpoints have them
+    (https://github.com/AutoGPTQ/AutoGPTQ/issues/555). From headers alone, they are taken for zeros.
+    """
+    with contextlib.closing(Reader(checkpoint)) as reader:
+        return [name for name in unused if not _adds_nothing(checkpoint, name, reader)]
+
+
+def _adds_nothing(checkpoint: Checkpoint, name: str, reader: Reader) -> bool:
+    weight, bias = checkpoint.get(f"{name.removesuffix('.bias')}.weight"), checkpoint[name]
+    if not name.endswith(".bias") or weight is None or weight.unpack is None:
+        return False
+    if bias.shape != weight.shape[:1] or bias.dtype not in WEIGHTS:
+        return False
+    return not (checkpoint.states and _bytes_of(reader, bias).view(bias.dtype).any())
+
+
 def _refuse_bare(entries: Iterable[TensorEntry]) -> None:
     """Refuse numbers of 8 bits that nobody has told how to unpack, and factors that nobody has taken."""
     for entry in entries:

@@ -14,7 +14,7 @@ from torch import nn
 
 from airllm_nb.compat import config as compat_config
 from airllm_nb.compat import keys, multimodal, versions
-from airllm_nb.engine import decoder_layers
+from airllm_nb.engine import decoder_layers, published
 from airllm_nb.engine.checkpoint import Checkpoint, TensorEntry, read_config
 from airllm_nb.engine.meta import empty_model
 from airllm_nb.engine.readable import AGAIN, reading
@@ -85,6 +85,7 @@ def build(
     unused = [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
     wanted = model.state_dict()
     recipes = [_as_asked(recipe, wanted, checkpoint) for recipe in recipes]
+    unused = published.meaningful(checkpoint, unused)
     _check_shapes(recipes, wanted, unused)
     recipes, owners = _untied(recipes, places, checkpoint)
     _check_complete(owners, places, folder)

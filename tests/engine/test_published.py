@@ -492,6 +492,58 @@ def test_a_zero_point_that_readers_take_differently_is_refused(damaged):
         load(damaged("gptq", lambda tensors: tensors[f"{STEM}.qzeros"].fill_(-1)))
 
 
+def with_biases(value):
+    """Return a change that gives each quantized layer a bias, as AutoGPTQ before 0.5 did."""
+
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            tensors[name.replace("scales", "bias")] = torch.full(tensors[name].shape[1:], value, dtype=torch.float16)
+
+    return change
+
+
+@pytest.mark.parametrize("case", ["gptq", "gptq, any order"])
+def test_biases_of_zeros_that_a_model_has_no_place_for_are_left_out(made, damaged, tmp_path, monkeypatch, case):
+    with torch.no_grad(), load(made(case)[0]) as model:
+        expected = model(IDS).logits
+    folder = damaged(case, with_biases(0.0))
+    with torch.no_grad(), load(folder) as model:
+        assert torch.equal(model(IDS).logits, expected)
+    raw = (folder / "model.safetensors").read_bytes()
+    headers = {"model.safetensors": (len(raw), raw[: 8 + int.from_bytes(raw[:8], "little")])}
+    (tmp_path / "remote").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "remote")
+    monkeypatch.setattr("airllm_nb.engine.hub.locate_headers", lambda *_, **__: (tmp_path / "remote", headers))
+    assert plan("org/name", device="cpu").total_nbytes == plan(folder, device="cpu").total_nbytes
+
+
+@pytest.mark.parametrize("value", [2.0**-24, torch.nan])
+def test_other_biases_that_a_model_has_no_place_for_are_refused(damaged, value):
+    with pytest.raises(CheckpointError, match=r"tensors that its model has no place for: .*\.bias"):
+        load(damaged("gptq", with_biases(value)))
+
+
+def test_a_bias_of_zeros_beside_a_plain_weight_or_of_another_size_is_refused(damaged):
+    for name, size in (("model.norm.bias", 64), (f"{STEM}.bias", 63)):
+        folder = damaged("gptq", lambda tensors, name=name, size=size: tensors.update({name: torch.zeros(size)}))
+        with pytest.raises(CheckpointError, match=f"has no place for: {name}"):
+            load(folder)
+        shutil.rmtree(folder)
+
+
+def test_a_bias_that_the_model_has_is_one_whatever_it_is(tmp_path):
+    quantized, plain = published.publish(tmp_path, published.gptq(32), GPTQ, raw=CONFIGS["qwen2"])
+    assert f"{STEM}.bias" in tensors_of(quantized)
+    published.rewrite(quantized, lambda tensors: tensors[f"{STEM}.bias"].zero_())
+    weights = tensors_of(plain)
+    weights[f"{STEM}.bias"].zero_()
+    published.save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    with torch.no_grad(), load(plain) as model:
+        expected = model(IDS).logits
+    with torch.no_grad(), load(quantized) as model:
+        assert torch.equal(model(IDS).logits, expected)
+
+
 def test_a_quantized_head_is_unpacked_and_not_packed_again(tmp_path):
     def quantize(name, weight):
         if (found := published.fp8((16, 32))(name.replace("lm_head", "model.layers.0.lm_head"), weight)) is None:
