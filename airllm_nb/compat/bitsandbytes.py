@@ -37,4 +37,8 @@ def stated(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def odd(config: Raw) -> str | None:
     """Name what is not read in a config whose fields are known; None if all of it is."""
-    return "load_in_4bit and load_in_8bit that contradict each other" if bits(config) is None else None
+    if bits(config):
+        return None
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return "load_in_4bit and load_in_8bit that contradict each other"
+    return "neither load_in_4bit nor load_in_8bit"

@@ -33,6 +33,11 @@ def group_size(value: Any) -> bool:
     return type(value) is int and (value > 0 or value == -1)
 
 
+def only_names(value: Any) -> bool:
+    """Allow rules that say nothing but which modules: that they are quantized as all are, or (``-:``) that they are not."""
+    return isinstance(value, dict) and all(rule == {} for rule in value.values())
+
+
 def known(value: Any, fields: dict[str, Check]) -> bool:
     """Tell whether an object has only these fields, each with a value that is allowed, or null."""
     return isinstance(value, dict) and all(

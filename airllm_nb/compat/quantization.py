@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from airllm_nb.compat import bitsandbytes, compressed
-from airllm_nb.compat.fields import anything, block, group_size, names, one_of
+from airllm_nb.compat.fields import anything, block, group_size, names, one_of, only_names
 from airllm_nb.compat.versions import Raw
 from airllm_nb.errors import UnsupportedError
 
@@ -21,9 +21,9 @@ PLAIN = "Use the checkpoint with bfloat16, float16 or float32 weights."
 
 MADE = (
     "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment", "damp_percent", "dataset",
-    "disable_exllama", "exllama_config", "max_input_length", "meta", "model_file_base_name", "model_name_or_path", "model_seqlen",
-    "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pad_token_id", "static_groups", "tokenizer",
-    "true_sequential", "use_cuda_fp16", "use_exllama",
+    "disable_exllama", "exllama_config", "hyb_act", "max_input_length", "meta", "model_file_base_name", "model_name_or_path",
+    "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pack_impl", "pad_token_id",
+    "static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
 )  # fmt: skip
 """Fields of GPTQ that tell how the numbers were found, or by which kernel to multiply."""
 
@@ -40,13 +40,16 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     GPTQ: {
         "bits": one_of(4, 8), "group_size": group_size, "desc_act": one_of(True, False), "sym": one_of(True, False),
         "checkpoint_format": one_of(GPTQ, GPTQ_V2), "format": one_of(GPTQ, GPTQ_V2), "is_marlin_format": one_of(False),
-        "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": one_of({}), "act_group_aware": anything,
+        "lm_head": one_of(False), "pack_dtype": one_of("int32"), "dynamic": only_names, "act_group_aware": anything,
+        "method": one_of(GPTQ),
     } | dict.fromkeys(MADE, anything),
-    # AwqConfig
+    # AwqConfig, and from "method" on what GPTQModel writes beside
     "awq": {
         "bits": one_of(4), "group_size": group_size, "zero_point": one_of(True), "version": one_of("gemm", "GEMM"),
         "format": one_of("gemm"), "modules_to_not_convert": names, "do_fuse": one_of(False), "fuse_max_seq_len": anything,
-        "backend": one_of("auto", "autoawq"),
+        "backend": one_of("auto", "autoawq"), "method": one_of("awq"), "checkpoint_format": one_of("gemm"),
+        "desc_act": one_of(False), "dynamic": only_names, "lm_head": one_of(False), "meta": anything,
+        "pack_dtype": one_of("int32"), "pack_impl": anything, "sym": one_of(True, False),
     },
     "bitsandbytes": bitsandbytes.FIELDS,
     COMPRESSED: {

@@ -393,7 +393,9 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
         ("gptq", {"bits": 3}, "with bits 3"),
         ("gptq", {"checkpoint_format": "gptq_p"}, 'with checkpoint_format "gptq_p"'),
         ("gptq", {"checkpoint_format": "gptq_v2", "format": "gptq"}, "checkpoint_format and format contradict each other"),
-        ("gptq", {"dynamic": {"-:.*down": {}}}, "with dynamic"),
+        ("gptq", {"dynamic": {"-:.*down": {}, "+:.*up": {"bits": 8}}}, "with dynamic"),
+        ("gptq", {"rotation": "hadamard"}, 'with rotation "hadamard"'),
+        ("awq", {"desc_act": True}, "with desc_act true"),
         ("gptq", {"desc_act": None}, "and desc_act is not said"),
         ("gptq", {"group_size": 0}, "with group_size 0"),
         ("awq", {"version": "gemv"}, 'with version "gemv"'),
@@ -407,6 +409,27 @@ def test_what_a_config_says_and_we_do_not_know_is_refused(damaged, case, fields,
         load(damaged(case, **fields))
     assert said in error.value.cause
     assert "Use the checkpoint with bfloat16" in error.value.remedy
+
+
+MODULES = {"-:.*layers\\.9\\..*": {}, "lm_head": {}}
+PACKAGES = {
+    "GPTQModel 4.0": ("gptq", {"hyb_act": False, "pack_dtype": "int32", "lm_head": False, "checkpoint_format": "gptq"}),
+    "GPTQModel 5.6": ("gptq", {"dynamic": MODULES, "format": "gptq", "checkpoint_format": "gptq", "pack_impl": "cpu"}),
+    "GPTQModel 7": ("gptq", {"dynamic": MODULES, "method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "meta": {}}),
+    "GPTQModel 7, awq": (
+        "awq", {"method": "awq", "format": "gemm", "checkpoint_format": "gemm", "desc_act": False, "sym": False, "lm_head": False,
+                "pack_dtype": "int32", "meta": {"a": 1}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_fields_that_packages_write_beside_change_nothing(made, damaged, package):
+    case, fields = PACKAGES[package]
+    expected = read_all(unpacked(Checkpoint(made(case)[0])), torch.float32)
+    found = read_all(unpacked(Checkpoint(damaged(case, **fields))), torch.float32)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_config_that_contradicts_its_weights_is_refused(damaged):

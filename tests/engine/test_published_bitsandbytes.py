@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(damaged, case, change, said):
     ("case", "fields", "said"),
     [
         ("nf4", {"load_in_8bit": True}, "load_in_4bit and load_in_8bit that contradict each other"),
-        ("nf4", {"load_in_4bit": False}, "load_in_4bit and load_in_8bit that contradict each other"),
+        ("nf4", {"load_in_4bit": False}, "with neither load_in_4bit nor load_in_8bit"),
         ("nf4", {"_load_in_4bit": False}, "load_in_4bit and load_in_8bit that contradict each other"),
         ("nf4", {"load_in_4bit": 1}, "with load_in_4bit 1"),
         ("nf4", {"bnb_4bit_quant_type": "int4"}, 'with bnb_4bit_quant_type "int4"'),
