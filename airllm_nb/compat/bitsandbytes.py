@@ -19,8 +19,6 @@ FIELDS: dict[str, Check] = {
     "bnb_4bit_use_double_quant": one_of(True, False), "llm_int8_enable_fp32_cpu_offload": anything,
     "llm_int8_has_fp16_weight": one_of(False), "llm_int8_skip_modules": names, "llm_int8_threshold": anything,
 }  # fmt: skip
-TRANSPOSED = ("gpt2", "openai-gpt")
-"""Models whose layers keep their matrices the other way round (``Conv1D``), and are quantized as others are."""
 
 
 def bits(config: Mapping[str, Any]) -> int | None:

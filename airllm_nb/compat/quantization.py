@@ -64,6 +64,9 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
 
 STATED = {GPTQ: ("bits", "group_size", "desc_act", "sym"), "awq": ("bits", "group_size", "zero_point", "version")}
 """What must stand there: defaults differ between those who write and who read."""
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Models whose layers keep their matrices the other way round (``Conv1D``). Quantized they lie as others do, and a
+square one would look as it should."""
 
 
 def config_of(raw: Raw) -> Raw | None:
@@ -126,7 +129,7 @@ def _faults(method: str, config: Raw, model_type: Any) -> Iterator[str]:
         yield f" with {found}, which this engine does not read"
     if method == GPTQ and len({config.get(name) for name in ("checkpoint_format", "format")} - {None}) > 1:
         yield ", and checkpoint_format and format contradict each other"
-    if method == BITSANDBYTES and model_type in bitsandbytes.TRANSPOSED:
+    if method in (BITSANDBYTES, GPTQ, "awq") and model_type in TRANSPOSED:
         yield f", and those of {model_type} are stored transposed, which this engine does not read"
     if method == "mxfp4" and model_type != "gpt_oss":
         yield f", which is read of gpt_oss, and this is {model_type!r}"

@@ -445,6 +445,20 @@ def test_plain_weights_that_are_said_to_be_quantized_are_refused(made, tmp_path)
         load(folder)
 
 
+def test_gptq_of_a_model_that_has_its_matrices_transposed_is_refused(tmp_path):
+    """A square matrix would have the shape that it should have."""
+
+    def quantize(name, weight):
+        if not name.endswith("attn.c_proj.weight"):
+            return None
+        tensors, meant = published.gptq(32)(f".layers.{name}", weight.T)
+        return {key.removeprefix(".layers."): tensor for key, tensor in tensors.items()}, meant.T
+
+    quantized, _ = published.publish(tmp_path, quantize, GPTQ, raw=CONFIGS["gpt2"])
+    with pytest.raises(UnsupportedError, match="those of gpt2 are stored transposed"):
+        load(quantized)
+
+
 def test_mxfp4_of_another_model_is_refused(made, tmp_path):
     folder = shutil.copytree(made("fp8")[0], tmp_path / "other")
     raw = json.loads((folder / "config.json").read_text())
