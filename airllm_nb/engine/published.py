@@ -67,7 +67,7 @@ def _bytes_of(reader: Reader, entry: TensorEntry) -> torch.Tensor:
 def meaningful(checkpoint: Checkpoint, unused: Iterable[str]) -> list[str]:
     """Return which tensors that a model has no place for it cannot do without: all but biases of zeros.
 
-    AutoGPTQ before 0.5 gave a bias to every layer that it quantized, and many published checkpoints have them
+    Earlier versions of AutoGPTQ gave a bias to every layer that it quantized, and many published checkpoints have them
     (https://github.com/AutoGPTQ/AutoGPTQ/issues/555). From headers alone, they are taken for zeros.
     """
     with contextlib.closing(Reader(checkpoint)) as reader:
