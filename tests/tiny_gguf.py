@@ -57,8 +57,8 @@ def make_gguf(
         Numbers of a head, if not `width` over their number.
     kinds : dict of str to str, optional
         For tensors in whose name a word occurs another kind.
-    fields : dict of str to str, int or float, optional
-        What else the file says.
+    fields : dict of str to str, int, float, list or None, optional
+        What else the file says; None for what it does not say.
     factors : dict of str to numpy.ndarray, optional
         Tensors with factors of the rotary embedding.
     context, layers : int
@@ -93,9 +93,18 @@ def make_gguf(
     if architecture == "gemma3":
         writer.add_sliding_window(WINDOW)
     _add_tokenizer(writer, architecture)
-    adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     for name, value in (fields or {}).items():
-        adders[type(value)](name, value)
+        if value is None:
+            del writer.kv_data[0][name]
+        else:
+            adders[type(value)](name, value)
     for name, values in (factors or {}).items():  # llama.cpp's converter, too, writes them first
         writer.add_tensor(name, values)
     rng = np.random.default_rng(0)

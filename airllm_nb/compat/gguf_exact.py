@@ -5,13 +5,15 @@ Some of it can be said in the words of transformers' config; the rest is refused
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from airllm_nb.compat.gguf_files import ARCHITECTURES, splits
-from airllm_nb.compat.gguf_rotary import Values, rope_parameters
-from airllm_nb.errors import UnsupportedError
+from airllm_nb.compat.gguf_files import ARCHITECTURES, foreign_fields, splits
+from airllm_nb.compat.gguf_rotary import AGAIN, BASE, OTHER, Values, rope_parameters
+from airllm_nb.errors import CheckpointError, UnsupportedError
 
 WINDOWED = ("gemma2", "gemma3")
 """Of these transformers reads the sliding window."""
@@ -23,18 +25,22 @@ OWN_SCALE = {"gemma2": 46, "gemma3": 62}
 It stands in no field. llama.cpp, too, knows them by their layers, and takes the width of a head for all others."""
 MISTRAL = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8}
 """Mistral 7B. The first version has a window of 4,096 tokens, which no field tells, and a base of 10,000; later ones neither."""
-WINDOW, BASE = 4096, 10000
+WINDOW = 4096
 
 
-READ = frozenset((
+COUNTS = frozenset((
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor", "attention.sliding_window",
-    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale",
-    "expert_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
+    "rope.scaling.original_context_length", "attention.sliding_window", "expert_count",
 ))  # fmt: skip
+NUMBERS = frozenset((
+    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "residual_scale", "embedding_scale",
+))  # fmt: skip
+READ = COUNTS | NUMBERS | {"rope.scaling.type", "rope.scaling.finetuned"}
 """Fields of an architecture that transformers reads, or that are looked at here."""
+REQUIRED = ("context_length", "embedding_length", "block_count", "attention.layer_norm_rms_epsilon")
+"""Without which llama.cpp loads none. transformers takes those of another model of the architecture."""
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "expert_used_count": (0,), "pooling_type": (0,),
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
@@ -42,6 +48,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Others, and the values with which they change nothing."""
 GEMMA = ("gemma2", "gemma3")
+MOST_SHOWN = 200
+"""Characters of what is refused: a field may have a text of megabytes."""
 
 
 def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> None:
@@ -60,17 +68,26 @@ def require_exact(name: str, architecture: str, fields: Mapping[str, Any]) -> No
     ------
     UnsupportedError
         With what it is.
+    CheckpointError
+        If a field is missing, or is none of its kind.
     """
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(
             f"{name} holds a model of the architecture {architecture}; GGUF files are read of {', '.join(ARCHITECTURES)}.",
-            "Use the model's safetensors files.",
+            OTHER,
         )
     own = _own(architecture, fields)
-    for what in (*_tokenizer(architecture, fields), *_unread(architecture, own, str(fields.get("general.name")))):
+    for key in sorted(fields.keys() & foreign_fields(architecture)):
         raise UnsupportedError(
-            f"{name} has {what}, which transformers does not read from GGUF files.", "Use the model's safetensors files."
+            f"{name} is of the architecture {architecture}, and transformers would obey its field {key}, too.", OTHER
         )
+    for what in _lists(architecture, own, fields):
+        raise UnsupportedError(f"{name} has a list of {what}, which transformers does not read from GGUF files.", OTHER)
+    for what in _faults(architecture, own):
+        raise CheckpointError(f"{name} is damaged: {what}.", AGAIN)
+    for what in (*_tokenizer(architecture, fields), *_unread(architecture, own, str(fields.get("general.name")))):
+        shown = what if len(what) <= MOST_SHOWN else f"{what[:MOST_SHOWN]}..."
+        raise UnsupportedError(f"{name} has {shown}, which transformers does not read from GGUF files.", OTHER)
 
 
 def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: Mapping[str, Values]) -> dict[str, Any]:
@@ -94,7 +111,10 @@ def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: M
         As `gguf_rotary.rope_parameters`.
     """
     own = _own(architecture, fields)
-    found: dict[str, Any] = {"rope_parameters": rope_parameters(name, architecture, own, _head(own), factors)}
+    rotary = rope_parameters(name, architecture, own, _head(own), factors)
+    if "rope.freq_base" not in own:  # of Gemma 3 transformers takes another base than llama.cpp
+        rotary["rope_theta"] = BASE
+    found: dict[str, Any] = {"rope_parameters": rotary}
     if architecture in GEMMA:  # of which transformers would take 256, whatever the file says
         found["query_pre_attn_scalar"] = _even(own) if own.get("block_count") == OWN_SCALE[architecture] else _head(own)
     return found
@@ -102,6 +122,23 @@ def settings(name: str, architecture: str, fields: Mapping[str, Any], factors: M
 
 def _own(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key.partition(".")[2]: value for key, value in fields.items() if key.startswith(f"{architecture}.")}
+
+
+def _lists(architecture: str, own: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which fields are lists that are to be one value, as of layers that differ."""
+    yield from (f"{architecture}.{key}" for key, value in own.items() if key in READ and value is None)
+    if "general.name" in fields and fields["general.name"] is None:
+        yield "general.name"
+
+
+def _faults(architecture: str, own: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which fields are missing, or none of their kind."""
+    yield from (f"it does not say {architecture}.{key}" for key in REQUIRED if key not in own)
+    for key, value in own.items():
+        count = type(value) is int and value >= 0
+        number = type(value) in (int, float) and math.isfinite(value)
+        if (key in COUNTS and not count) or (key in NUMBERS and not number):
+            yield f"{architecture}.{key} is {reprlib.repr(value)}"
 
 
 def _even(own: Mapping[str, Any]) -> int:

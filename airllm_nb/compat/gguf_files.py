@@ -49,6 +49,14 @@ def splits() -> frozenset[str]:
     return frozenset((*GGUF_PRE_TOKENIZER_SPLITS, *OWN_SPLITS, "gpt-2"))
 
 
+def foreign_fields(architecture: str) -> frozenset[str]:
+    """Return the fields of other architectures that transformers obeys in a file of this one, as if they were its own."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    others = GGUF_CONFIG_MAPPING.keys() - {"general", "tokenizer", architecture}
+    return frozenset(f"{other}.{field}" for other in others for field, name in GGUF_CONFIG_MAPPING[other].items() if name)
+
+
 def _by_digits() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

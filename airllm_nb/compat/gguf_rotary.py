@@ -77,10 +77,13 @@ def rope_parameters(
     Raises
     ------
     CheckpointError
-        If a tensor holds no such factors.
+        If a tensor holds no such factors, or the base is none.
     UnsupportedError
         If the scaling is unknown, or contradicts itself, or transformers has other frequencies.
     """
+    base = own.get("rope.freq_base", BASE)
+    if not isinstance(base, int | float) or not 1 < base <= LARGEST:
+        raise CheckpointError(f"{name} is damaged: the base of its rotary embedding is {base}.", AGAIN)
     for tensor, values in factors.items():
         _require_factors(name, tensor, values, head)
     stated, by, attention = own.get("rope.scaling.type"), _factor(own), _number(own, "rope.scaling.attn_factor", 1.0)
@@ -89,9 +92,9 @@ def rope_parameters(
             continue
         if (by > 1 if kind in BY_FACTOR else by == 1) and (attention > 0 if kind == "longrope" else attention == 1):
             return _parameters(name, kind, own, head, factors)
-    tensors = f", with {' and '.join(sorted(factors))}" if factors else ""
+    shown, tensors = str(stated or "linear")[:20], f", with {' and '.join(sorted(factors))}" if factors else ""
     raise UnsupportedError(
-        f"{name} has a rotary embedding that is scaled ({stated or 'linear'}, by {by:g}{tensors}) in a way that transformers "
+        f"{name} has a rotary embedding that is scaled ({shown}, by {by:g}{tensors}) in a way that transformers "
         f"does not have, or not for {architecture}.",
         OTHER,
     )
@@ -116,10 +119,8 @@ def _parameters(name: str, kind: str, own: Mapping[str, Any], head: int, factors
     return found
 
 
-def _llama3(name: str, factors: Values, base: Any, head: int) -> dict[str, Any]:
+def _llama3(name: str, factors: Values, base: float, head: int) -> dict[str, Any]:
     """Return the settings from which the factors were made."""
-    if not isinstance(base, int | float) or not 1 < base <= LARGEST:
-        raise CheckpointError(f"{name} is damaged: the base of its rotary embedding is {base}.", AGAIN)
     if (factors == 1).all():
         return {}
     plain, divided = _frequencies({"rope_type": "linear", "factor": 1.0}, base, head), factors.astype(np.float64)

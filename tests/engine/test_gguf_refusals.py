@@ -1,6 +1,8 @@
 """GGUF files that are refused: damaged, foreign, or such as transformers would read otherwise than they were meant."""
 
 import contextlib
+import math
+import shutil
 import struct
 
 import gguf
@@ -10,6 +12,7 @@ from tiny_gguf import WIDE, make_gguf
 from airllm_nb import LayeredModel, plan
 from airllm_nb.compat import gguf_files, versions
 from airllm_nb.compat.gguf_exact import require_exact
+from airllm_nb.engine.gguf_checkpoint import GGUFCheckpoint
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
@@ -161,6 +164,74 @@ def test_what_transformers_would_compute_otherwise(tmp_path, architecture, field
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("attention.sliding_window", "x", "is 'x'"), ("attention.key_length", 16.0, "is 16.0"),
+        ("attention.scale", math.nan, "is nan"), ("attention.layer_norm_rms_epsilon", math.inf, "is inf"),
+        ("rope.freq_base", math.nan, "is nan"), ("expert_count", True, "is True"),
+        ("context_length", None, "it does not say"), ("attention.layer_norm_rms_epsilon", None, "it does not say"),
+        ("block_count", None, "it does not say"), ("embedding_length", None, "it does not say"),
+    ],
+)  # fmt: skip
+def test_fields_that_are_missing_or_none_of_their_kind(tmp_path, field, value, what):
+    cause = refusal(make_gguf(tmp_path / "llama.gguf", "llama", fields={f"llama.{field}": value}), CheckpointError)
+    assert what in cause
+    assert f"llama.{field}" in cause
+
+
+@pytest.mark.parametrize("field", ["attention.sliding_window", "attention.scale", "attention.head_count_kv", "rope.scaling.type"])
+def test_a_list_in_the_place_of_one_value(tmp_path, field):
+    """As a file has it whose layers differ: nothing tells what they are."""
+    path = make_gguf(tmp_path / "llama.gguf", "llama", fields={f"llama.{field}": [2, 2]})
+    assert refusal(path, UnsupportedError).startswith(f"llama.gguf has a list of llama.{field}, which")
+
+
+@pytest.mark.parametrize("field", ["qwen2.rope.freq_base", "mistral.attention.layer_norm_rms_epsilon"])
+def test_fields_of_another_architecture(tmp_path, field):
+    """transformers takes them for the file's own: of two, the one that comes last."""
+    path = make_gguf(tmp_path / "llama.gguf", "llama", fields={field: 7.0})
+    assert f"transformers would obey its field {field}, too" in refusal(path, UnsupportedError)
+
+
+def test_a_header_that_no_memory_holds(tmp_path):
+    """A list in a file with a hole: a terabyte that takes a few blocks on the disk."""
+    length = 1 << 40
+    with (tmp_path / "large.gguf").open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 0, length))
+        file.truncate(length + 4096)
+    assert "its header has more than 67108864 bytes" in refusal(tmp_path / "large.gguf", CheckpointError)
+
+
+def test_a_file_that_is_replaced_while_transformers_reads_it(tmp_path, monkeypatch):
+    """Else the config of the new one would be kept for the old one, and be taken when that is back."""
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    write = gguf_files.write_small_files
+
+    def meanwhile(*args):
+        make_gguf(path, "llama", fields={"llama.rope.freq_base": 7.0})
+        write(*args)
+
+    monkeypatch.setattr(gguf_files, "write_small_files", meanwhile)
+    with pytest.raises(CheckpointError, match=r"llama.gguf was replaced or rewritten while it was read"):
+        plan(path, device="cpu")
+    assert not list((tmp_path / "home" / "gguf").iterdir())
+
+
+def test_what_lies_beside_the_file_counts_for_nothing(tmp_path):
+    def small_files(path):
+        (folder,) = {GGUFCheckpoint(path).folder}
+        found = {file.name: file.read_bytes() for file in folder.iterdir()}
+        shutil.rmtree(folder)
+        return found
+
+    path = make_gguf(tmp_path / "llama.gguf", "llama")
+    alone = small_files(path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "rope_theta": 3.0}')
+    assert small_files(path) == alone
+
+
+@pytest.mark.parametrize(
     ("architecture", "fields"),
     [
         ("phi3", {"phi3.attention.sliding_window": 128}),
@@ -191,7 +262,8 @@ def test_stacks_of_matrices(tmp_path):
 def test_a_relative_of_mistral_is_known_by_its_shape(base, context, refused):
     """Zephyr, for one: a model of another name, tuned from the version with the window."""
     fields = {"embedding_length": 4096, "feed_forward_length": 14336, "attention.head_count_kv": 8, "attention.head_count": 32,
-              "rope.freq_base": base, "context_length": context}  # fmt: skip
+              "rope.freq_base": base, "context_length": context, "block_count": 32,
+              "attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
     tokenizer = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
     said = {"general.name": "zephyr", **tokenizer} | {f"llama.{key}": value for key, value in fields.items()}
     with pytest.raises(UnsupportedError, match="a sliding window of 4096") if refused else contextlib.nullcontext():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_gguf import llama3_factors
 
-from airllm_nb.compat import gguf_files, versions
+from airllm_nb.compat import gguf_exact, gguf_files, versions
 from airllm_nb.compat.gguf_rotary import FREQS, LONG, SHORT, rope_parameters
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
@@ -85,6 +85,20 @@ def test_the_base_counts():
 def test_a_base_that_is_none(base):
     with pytest.raises(CheckpointError, match="the base of its rotary embedding is"):
         found(llama3_factors(500000.0, 128, *PUBLISHED[0]), base)
+
+
+@pytest.mark.parametrize("base", [math.nan, math.inf, 0.0, -5.0, 1.0, 0.5, True])
+@pytest.mark.parametrize("architecture", ["gemma3", "llama", "phi3"])
+def test_a_base_that_is_none_where_nothing_is_scaled(architecture, base):
+    with pytest.raises(CheckpointError, match="the base of its rotary embedding is"):
+        rope_parameters("a.gguf", architecture, {"rope.freq_base": base}, 128, {})
+
+
+def test_a_base_that_is_not_said():
+    """llama.cpp takes 10,000 for each, and transformers a million for Gemma 3."""
+    assert gguf_exact.settings("a.gguf", "gemma3", {"gemma3.attention.key_length": 64}, {})["rope_parameters"] == {
+        "rope_theta": 10000.0
+    }
 
 
 def test_odd_heads():
