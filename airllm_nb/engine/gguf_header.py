@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from airllm_nb.compat.gguf_rotary import TENSORS, Values
-from airllm_nb.engine.readable import AGAIN
+from airllm_nb.engine.readable import AGAIN, MOST
 from airllm_nb.errors import CheckpointError, UnsupportedError
 
 MAGIC = b"GGUF"
@@ -160,7 +160,9 @@ class _Parser:
     def _text(self) -> str:
         if (length := self._number("<Q")) > MOST_TEXT:
             raise self._damaged(f"one of its texts has {length} bytes")
-        return self._take(length).decode(errors="replace")
+        text = self._take(length).decode(errors="replace")
+        self._require_short()  # each field and each tensor has a name
+        return text
 
     def _value(self, kind: int) -> Value:
         if kind == STRING:
@@ -226,6 +228,12 @@ class _Parser:
         if self._file.tell() + count > self._size:
             raise self._truncated()
         self._file.seek(count, os.SEEK_CUR)
+        self._require_short()
+
+    def _require_short(self) -> None:
+        """Refuse what nobody has memory or time for: a list in a file with a hole takes no room on the disk."""
+        if self._file.tell() > MOST:
+            raise self._damaged(f"its header has more than {MOST} bytes, which none needs")
 
     def _truncated(self) -> CheckpointError:
         return HeaderEndsError(f"{self._name} is truncated: it ends within its header.", AGAIN)

@@ -13,6 +13,7 @@ NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 OF_A_FILE = (NUMBER, COUNT, TENSORS, "general.alignment")
 """Fields that a part may have for itself. All others stand in the first one."""
+SHOWN = 5
 WHOLE = "Fetch all parts of the model again, into one folder, under their own names."
 
 
@@ -22,15 +23,18 @@ def part_paths(path: Path) -> tuple[Path, ...]:
     Raises
     ------
     CheckpointError
-        If one is missing.
+        If one is missing, or there is no such part.
     """
     found = NAME.fullmatch(path.name)
     if found is None or int(found[3]) == 0:
         return (path,)
-    stem, _, count, suffix = found.groups()
+    stem, number, count, suffix = found.groups()
+    if not 0 < int(number) <= int(count):
+        raise CheckpointError(f"{path.name} is by its name part {int(number)} of {int(count)}.", WHOLE)
     paths = tuple(path.with_name(f"{stem}-{number:05}-of-{count}{suffix}") for number in range(1, int(count) + 1))
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise CheckpointError(f"{len(missing)} of the {len(paths)} parts of the model are missing: {', '.join(missing)}.", WHOLE)
+        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+        raise CheckpointError(f"{len(missing)} of the {len(paths)} parts of the model are missing: {shown}.", WHOLE)
     return paths
 
 
@@ -59,7 +63,7 @@ def require_whole(headers: Mapping[Path, Header]) -> None:
                 f"{path.name} is of a model with {header.fields[TENSORS]} tensors, and the parts here hold {len(names)}.", WHOLE
             )
         for key, value in header.fields.items():
-            if key not in OF_A_FILE and (key not in first.fields or first.fields[key] != value):
+            if header is not first and key not in OF_A_FILE and (key not in first.fields or first.fields[key] != value):
                 raise CheckpointError(f"{path.name} says {key} ({value}), and the first part of the model does not.", WHOLE)
     if len(set(names)) < len(names):
         raise CheckpointError(f"Two parts hold one tensor: {next(name for name in names if names.count(name) > 1)}.", WHOLE)

@@ -87,6 +87,16 @@ def test_missing_parts(tmp_path):
         assert refusal(named) == f"2 of the {len(parts)} parts of the model are missing: {parts[1].name}, {parts[2].name}."
 
 
+def test_parts_that_are_none(tmp_path):
+    """Nor is another one loaded instead, or are all the names told."""
+    parts, whole = split(tmp_path / "m")
+    for number in (0, len(parts) + 1):
+        shutil.copy(whole, other := parts[0].with_name(f"model-{number:05}-of-{len(parts):05}.gguf"))
+        assert refusal(other) == f"{other.name} is by its name part {number} of {len(parts)}."
+    shutil.copy(whole, other := tmp_path / "a-00001-of-99999.gguf")
+    assert refusal(other).endswith("a-00005-of-99999.gguf, a-00006-of-99999.gguf and 99993 more.")
+
+
 def test_parts_under_each_others_names(tmp_path):
     parts, whole = split(tmp_path / "m")
     parts[1].rename(tmp_path / "aside")
