@@ -33,7 +33,7 @@ from airllm_nb.engine.readable import AGAIN, opened, reading
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 HEAD = "output.weight"
-VERSION = "2"  # counted up when the same file gives other ones
+VERSION = "3"  # counted up when the same file gives other ones
 DIGITS = 12
 PIECE = 1 << 18
 """Numbers that are unpacked at once: between them lie several copies, which should stay in the processor's cache."""
@@ -63,7 +63,7 @@ class GGUFCheckpoint(Checkpoint):
         headers, factors, digest = _read(paths)
         header = headers[paths[0]]
         tied = not any(tensor.name == HEAD for each in headers.values() for tensor in each.tensors)
-        self.folder = _small_files(paths[0], header, factors, digest, tied=tied)
+        self.folder = _small_files(paths[0], states[paths[0]], header, factors, digest, tied=tied)
         self.states = states if here else {}
         self._entries = {}
         config = compat_config.load_config(self.folder, read_config(self.folder), trust_remote_code=False)
@@ -174,7 +174,7 @@ def _part(file: BinaryIO, start: int, count: int) -> bytes:
     return file.read(count)
 
 
-def _small_files(path: Path, header: Header, factors: Mapping[str, Values], digest: str, *, tied: bool) -> Path:
+def _small_files(path: Path, state: FileState, header: Header, factors: Mapping[str, Values], digest: str, *, tied: bool) -> Path:
     """Return the folder with config and tokenizer of a file, made once by each version of the packages that make them."""
     makers = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "gguf")]
     key = hashlib.sha256(" ".join((VERSION, digest, *makers)).encode()).hexdigest()[:DIGITS]
@@ -189,8 +189,11 @@ def _small_files(path: Path, header: Header, factors: Mapping[str, Values], dige
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:
             whole = Path(temporary) / folder.name
             whole.mkdir()
-            gguf_files.write_small_files(path, whole, None if split is None else str(split), also)
+            gguf_files.write_small_files(_alone(path, Path(temporary)), whole, None if split is None else str(split), also)
             describe(whole, path.stem, "config and tokenizer", str(path))
+            with reading(path):
+                if FileState.of(path.stat()) != state:
+                    raise CheckpointError(f"{path.name} was replaced or rewritten while it was read.", AGAIN)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(whole, folder)  # noqa: PTH105
     except OSError as error:
@@ -199,6 +202,14 @@ def _small_files(path: Path, header: Header, factors: Mapping[str, Values], dige
             "Set AIRLLM_NB_HOME to a folder that you can write to.",
         ) from error
     return folder
+
+
+def _alone(path: Path, folder: Path) -> Path:
+    """Return a link to a file that has no neighbours: transformers would obey a ``tokenizer_config.json`` among them."""
+    link = folder / "alone" / path.name
+    link.parent.mkdir()
+    link.symlink_to(path.absolute())
+    return link
 
 
 def open_checkpoint(path: Path, headers: Mapping[str, tuple[int, bytes]] | None = None) -> Checkpoint:
