@@ -26,13 +26,6 @@ class PackedStack(Stack, PackedWeight):
         """Return the matrix itself, which stays as it is."""
         return matrix
 
-    def other_way(self) -> Stack:
-        """Return the stack of its matrices turned round."""
-        other = packed_weight(self.label, self.memory, self.meant, PackedStack)
-        assert isinstance(other, PackedStack)
-        other.turned = not self.turned
-        return other
-
     def dense(self) -> torch.Tensor:
         """Return all of the weights that are meant."""
         whole = torch.stack([matrix.dense() for _, matrix in self.matrices(range(len(self.memory)))])

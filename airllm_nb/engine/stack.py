@@ -31,7 +31,11 @@ class Stack(Away):
 
     def other_way(self) -> Stack:
         """Return the stack with rows and columns changed."""
-        raise NotImplementedError
+        count, rows, columns = self.shape
+        whole = torch.empty((count, columns, rows), dtype=self.dtype, device="meta")
+        other = type(self)(whole, requires_grad=self.requires_grad)
+        vars(other).update(vars(self) | {"turned": not self.turned})
+        return other
 
 
 def at_hand(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -81,9 +85,10 @@ def _product(
 
 def _index(index: Any) -> int | list[int] | None:
     """Return which experts an index means; None if it means anything else."""
-    if isinstance(index, torch.Tensor) and index.dim() <= 1 and not (index.is_floating_point() or index.dtype == torch.bool):
+    if isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int64):  # of others, some are masks
         index = index.tolist()
-    return index if isinstance(index, (int, list)) and not isinstance(index, bool) else None
+    numbers = index if isinstance(index, list) else [index]
+    return index if all(type(number) is int for number in numbers) else None
 
 
 def _pick(stack: Stack, index: int | list[int]) -> torch.Tensor:

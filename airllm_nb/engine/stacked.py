@@ -32,13 +32,6 @@ class Stacked(Stack):
         stack = self.store.stacks[self.number]
         return copy.deepcopy(matrix) if stack.meant else matrix_like(stack, expert).copy_(matrix)
 
-    def other_way(self) -> Stacked:
-        """Return the stack with rows and columns changed."""
-        count, rows, columns = self.shape
-        other = Stacked(torch.empty((count, columns, rows), dtype=self.dtype, device="meta"), requires_grad=self.requires_grad)
-        vars(other).update(vars(self) | {"turned": not self.turned})
-        return other
-
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

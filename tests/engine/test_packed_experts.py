@@ -146,6 +146,9 @@ def test_a_stack_shows_its_matrices(mixture):
         assert torch.equal(stack[1:3], whole[1:3])
         assert torch.equal(stack.transpose(1, 2) + 0, whole.transpose(1, 2))
         assert torch.equal(stack.transpose(1, 2)[2], whole[2].T)
+        assert stack.transpose(1, 2).shape == whole.transpose(1, 2).shape
+        mask = [False, True] * 4
+        assert torch.equal(stack[mask], whole[mask])  # and not the experts 0 and 1, again and again
         assert torch.equal(copy.deepcopy(stack)[-1] + 0, whole[-1])
         with pytest.raises(IndexError, match="has 8 experts, and expert 8 was asked for"):
             stack[8]
