@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -56,6 +57,22 @@ def test_logits_are_those_of_transformers(tmp_path, architecture, streams):
         for _ in range(2):
             assert torch.equal(model(IDS).logits, expected(IDS).logits)
         assert model.tokenizer("\u0105\u0106", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("architecture", gguf_files.ARCHITECTURES)
+def test_names_are_those_of_transformers(tmp_path, architecture):
+    """Without asking each module: the time of that grows with the square of the layers."""
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    path = make_gguf(tmp_path / "model.gguf", architecture)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path, gguf_file=path.name))
+    tables = []
+    with pytest.MonkeyPatch.context() as patch:
+        make = gguf.get_tensor_name_map
+        patch.setattr(gguf, "get_tensor_name_map", lambda *args: tables.append(args) or make(*args))
+        found = gguf_files.parameters(model, architecture)
+    assert len(tables) == 1
+    assert found == get_gguf_hf_weights_map(model, gguf_files.processor(model, architecture))
 
 
 @pytest.mark.parametrize("kind", unpackable())
