@@ -115,8 +115,23 @@ def _parameters(name: str, kind: str, own: Mapping[str, Any], head: int, factors
         original = own.get("rope.scaling.original_context_length")
         if not isinstance(original, int) or original <= 0:
             raise UnsupportedError(f"{name} has a rotary embedding of type {kind}, but not the original context of it.", OTHER)
+        if kind == "yarn" and not _falls(original, own.get("rope.freq_base", BASE), head):
+            raise UnsupportedError(
+                f"{name} has a rotary embedding of type yarn with an original context of {original}, where transformers scales "
+                "other frequencies than llama.cpp.",
+                OTHER,
+            )
         found["original_max_position_embeddings"] = original
     return found
+
+
+def _falls(original: int, base: float, head: int) -> bool:
+    """Tell whether yarn's ramp goes from high frequencies to low ones: if not, the two divide by it with another sign.
+
+    It goes from the pair of numbers that turns 32 times in the original context to the one that turns once.
+    """
+    first, last = (head * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+    return max(math.floor(first), 0) <= min(math.ceil(last), head - 1)
 
 
 def _llama3(name: str, factors: Values, base: float, head: int) -> dict[str, Any]:

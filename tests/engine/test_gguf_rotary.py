@@ -1,5 +1,6 @@
 """Settings of Llama 3.1's rotary embedding, found again in its factors; what are no such factors is refused."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tiny_gguf import llama3_factors
 
 from airllm_nb.compat import gguf_exact, gguf_files, versions
-from airllm_nb.compat.gguf_rotary import FREQS, LONG, SHORT, rope_parameters
+from airllm_nb.compat.gguf_rotary import FREQS, LONG, SHORT, _frequencies, rope_parameters
 from airllm_nb.errors import AirLLMError, CheckpointError, UnsupportedError
 
 pytestmark = pytest.mark.skipif(versions.installed() < gguf_files.SINCE, reason="refused by this version of transformers")
@@ -99,6 +100,24 @@ def test_a_base_that_is_not_said():
     assert gguf_exact.settings("a.gguf", "gemma3", {"gemma3.attention.key_length": 64}, {})["rope_parameters"] == {
         "rope_theta": 10000.0
     }
+
+
+@pytest.mark.parametrize(("original", "base", "refused"), [
+    (1, 1e4, True), (4, 1e4, True),
+    (6, 1e4, False), (4096, 1e4, False), (4096, 1e6, False), (4096, 1.001, True), (4096, 3.0, True),
+])  # fmt: skip
+def test_a_yarn_that_llama_cpp_computes_otherwise(original, base, refused):
+    """The part of each frequency that stays is ``1 - clamp((i - low) / max(0.001, high - low), 0, 1)``, in its words."""
+    own = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": original,
+           "rope.freq_base": base}  # fmt: skip
+    turns = [128 * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(base)) for beta in (32, 1)]
+    low, high = max(0, math.floor(turns[0])), min(127, math.ceil(turns[1]))
+    plain = base ** (-np.arange(0, 128, 2) / 128)
+    stays = 1 - np.clip((np.arange(64) - low) / max(0.001, high - low), 0, 1)
+    found = _frequencies({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original}, base, 128)
+    assert np.allclose(found, plain * (stays + (1 - stays) / 4), rtol=1e-4) != refused
+    with pytest.raises(UnsupportedError, match="other frequencies than llama.cpp") if refused else contextlib.nullcontext():
+        rope_parameters("a.gguf", "llama", own, 128, {})
 
 
 def test_odd_heads():
