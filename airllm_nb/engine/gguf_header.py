@@ -145,12 +145,17 @@ class _Parser:
             found[key] = self._value(self._number("<I"))
         infos = [self._info() for _ in range(tensors)]
         alignment = found.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0:
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self._damaged(f"its alignment is {alignment}")
         start = -(-self._file.tell() // alignment) * alignment
         described = tuple(self._tensor(*info, start) for info in infos)
         if len({tensor.name for tensor in described}) < len(described):
             raise self._damaged("it holds two tensors of one name")
+        expected = start
+        for tensor in described:  # as llama.cpp demands it: an offset that is damaged would be another tensor's
+            if tensor.offset != expected:
+                raise self._damaged(f"{tensor.name} begins at byte {tensor.offset}, and the one before it ends at {expected}")
+            expected += -(-tensor.nbytes // alignment) * alignment
         return Header(found, described)
 
     def _number(self, form: str) -> int:

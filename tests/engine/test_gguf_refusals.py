@@ -98,6 +98,15 @@ def test_rows_that_are_no_multiple_of_a_block(whole):
     )
 
 
+@pytest.mark.parametrize("change", [-2048, 32, 2048])
+def test_a_tensor_in_the_place_of_another(whole, change):
+    path, raw = whole
+    at = position(raw, b"blk.1.ffn_up.weight") + 4 + 2 * 8 + 4
+    (offset,) = struct.unpack("<Q", raw[at : at + 8])
+    path.write_bytes(raw[:at] + struct.pack("<Q", offset + change) + raw[at + 8 :])
+    assert refusal(path, CheckpointError).startswith("llama.gguf is damaged: blk.1.ffn_up.weight begins at byte ")
+
+
 @pytest.mark.parametrize("word", [b"general.architecture", b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type"])
 @pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1])
 def test_lengths_that_no_file_has(whole, word, length):
