@@ -208,7 +208,10 @@ def _alone(path: Path, folder: Path) -> Path:
     """Return a link to a file that has no neighbours: transformers would obey a ``tokenizer_config.json`` among them."""
     link = folder / "alone" / path.name
     link.parent.mkdir()
-    link.symlink_to(path.absolute())
+    try:
+        link.symlink_to(path.absolute())
+    except OSError:  # on Windows only some users may
+        link.hardlink_to(path.absolute())
     return link
 
 
