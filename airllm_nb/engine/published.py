@@ -70,8 +70,10 @@ def meaningful(checkpoint: Checkpoint, unused: Iterable[str]) -> list[str]:
     Earlier versions of AutoGPTQ gave a bias to every layer that it quantized, and many published checkpoints have them
     (https://github.com/AutoGPTQ/AutoGPTQ/issues/555). From headers alone, they are taken for zeros.
     """
+    if not (names := list(unused)):
+        return []
     with contextlib.closing(Reader(checkpoint)) as reader:
-        return [name for name in unused if not _adds_nothing(checkpoint, name, reader)]
+        return [name for name in names if not _adds_nothing(checkpoint, name, reader)]
 
 
 def _adds_nothing(checkpoint: Checkpoint, name: str, reader: Reader) -> bool:

@@ -147,7 +147,7 @@ def test_by_keyboard_alone(open_panels):
     page = notebook.page
     panel.root.locator("input[placeholder^='org/name']").focus()
     reached = []
-    for _ in range(12):
+    for _ in range(16):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.innerText || document.activeElement.tagName"))
         if reached[-1].strip().endswith("Load"):
