@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from airllm_nb.engine.away import NO_QUESTION
 from airllm_nb.engine.packed_weight import Meant, PackedWeight, packed_weight
-from airllm_nb.engine.stack import Stack, at_hand
+from airllm_nb.engine.stack import Stack
 
 
 class PackedStack(Stack, PackedWeight):
@@ -30,14 +28,6 @@ class PackedStack(Stack, PackedWeight):
         """Return all of the weights that are meant."""
         whole = torch.stack([matrix.dense() for _, matrix in self.matrices(range(len(self.memory)))])
         return whole.transpose(1, 2) if self.turned else whole
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if (found := at_hand(func, args, kwargs or {})) is not NO_QUESTION:
-            return found
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 def packed_parameter(name: str, memory: torch.Tensor, meant: Meant) -> PackedWeight:

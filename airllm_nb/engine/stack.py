@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,16 @@ class Stack(Away):
         vars(other).update(vars(self) | {"turned": not self.turned})
         return other
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (found := _at_hand(func, args, kwargs or {})) is not NO_QUESTION:
+            return found
+        return super().__torch_function__(func, types, args, kwargs)
 
-def at_hand(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+
+def _at_hand(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what `func` gives, if it needs no more than single matrices; otherwise `NO_QUESTION`.
 
     Whatever implementation of experts transformers has chosen runs as it is, and so computes what it would with the whole stack.

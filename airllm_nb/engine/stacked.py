@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from airllm_nb.engine.away import NO_QUESTION
 from airllm_nb.engine.experts import ExpertStore, matrix_like
 from airllm_nb.engine.packed_weight import packed_weight
-from airllm_nb.engine.stack import Stack, at_hand
+from airllm_nb.engine.stack import Stack
 
 
 class Stacked(Stack):
@@ -31,14 +29,6 @@ class Stacked(Stack):
         """Return a copy: the store's memory is used again."""
         stack = self.store.stacks[self.number]
         return copy.deepcopy(matrix) if stack.meant else matrix_like(stack, expert).copy_(matrix)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if (found := at_hand(func, args, kwargs or {})) is not NO_QUESTION:
-            return found
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 def stacked(store: ExpertStore, number: int, device: torch.device) -> Stacked:
