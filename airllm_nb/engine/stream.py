@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from airllm_nb.engine import threads
 from airllm_nb.engine.patience import LAST, Unanswered, require_here, wait
 from airllm_nb.engine.slots import Slot
 from airllm_nb.errors import AirLLMError
@@ -55,6 +56,7 @@ class WeightStream:
         self._taker: int | None = None  # by which thread
         self._wanted: int | None = None  # what the computation waits for
         self._next: int | None = self._order[0]  # where reading ahead goes on; None: nowhere, until the next `take`
+        self._behind = 0  # how many more layers had to be waited for than not, about
         self._failed: tuple[int, BaseException] | None = None
         self._closed = False
         self._process = os.getpid()
@@ -109,6 +111,8 @@ class WeightStream:
                 self._successor[self._last] = index
             self._last = index
             self._next = self._successor[index]
+            waits = self._slot_of("ready", index) is None
+            self._behind = max(self._behind + (1 if waits else -1), 0)
         self._work.put(None)
         while True:
             with self._lock:
@@ -168,7 +172,11 @@ class WeightStream:
             self._states.clear()
 
     def _run(self) -> None:
+        rested = False
         while True:
+            if not rested and self._behind > len(self._order):  # reading takes longer than computing: it needs a core, too
+                rested = True
+                threads.rest_sooner()
             with self._lock:
                 if self._closed:
                     return

@@ -2,24 +2,28 @@
 
 import gc
 import threading
+import time
 
 import pytest
 
+from airllm_nb.engine import threads
 from airllm_nb.engine.slots import Slot
 from airllm_nb.engine.stream import WeightStream
 from airllm_nb.errors import AirLLMError
 
 
 class Disk:
-    """Writes the layer's number into the slot; may be told to fail or to wait."""
+    """Writes the layer's number into the slot; may be told to fail, to wait or to be slow."""
 
     def __init__(self):
         self.reads = []
         self.fail = set()
         self.gate = {}
+        self.seconds = 0.0
 
     def __call__(self, index, slot):
         self.reads.append(index)
+        time.sleep(self.seconds)
         if index in self.gate:
             assert self.gate[index].wait(20)
         if index in self.fail:
@@ -70,6 +74,21 @@ def test_reads_ahead_and_around(make):
         assert use(stream, index) == index
     wait_for(lambda: len(disk.reads) == 14)
     assert disk.reads == ([0, 1, 2, 3] * 4)[:14]  # each layer once a pass, and the first two of the next
+
+
+def test_computing_that_waits_for_the_disk_leaves_it_a_core(make, monkeypatch):
+    told = []
+    monkeypatch.setattr(threads, "rest_sooner", lambda: told.append(threading.current_thread().name))
+    disk = Disk()
+    stream = make(disk)
+    for index in [0, 1, 2, 3] * 5:  # computes longer than it reads
+        wait_for(lambda: stream._slot_of("ready", index) is not None)  # noqa: B023  # called at once
+        use(stream, index)
+    assert not told
+    disk.seconds = 0.01
+    for index in [0, 1, 2, 3] * 5:
+        use(stream, index)
+    assert told == ["airllm_nb-read-ahead"]  # once, on the thread whose life it lasts
 
 
 def test_the_order_is_learned(make):

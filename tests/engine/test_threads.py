@@ -164,3 +164,55 @@ def test_one_thread_for_a_while():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+SPINNING = """
+import os, threading, time, torch
+from airllm_nb.engine import threads
+
+numbers = torch.ones(1 << 20)
+
+def seconds_of_cores():
+    begin = time.process_time()
+    for _ in range(30):
+        numbers.add_(1)
+        time.sleep(0.02)  # in place of a disk
+    return time.process_time() - begin
+
+def rest():
+    threads.rest_sooner()
+    ready.set()
+    over.wait()
+
+ready, over = threading.Event(), threading.Event()
+resting = threading.Thread(target=rest)
+print(len(os.listdir("/proc/self/task")), seconds_of_cores())
+resting.start()
+ready.wait()
+print(len(os.listdir("/proc/self/task")), seconds_of_cores())
+over.set()
+resting.join()
+time.sleep(0.1)
+print(len(os.listdir("/proc/self/task")), seconds_of_cores())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs /proc, and GNU's OpenMP")
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_waits_for_the_disk_does_not_spin(alone):
+    """Counts the processor's seconds of the same work; while a thread lives that has asked for it."""
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1:
+        pytest.skip("one core has one thread, which does not wait for others")
+    environment = os.environ | {"OMP_NUM_THREADS": "1" if alone else str(cores)}
+    printed = subprocess.run([sys.executable, "-c", SPINNING], env=environment, check=True, capture_output=True, text=True)
+    (before, spinning), (meanwhile, resting), (afterwards, again) = (
+        (int(count), float(seconds)) for count, seconds in map(str.split, printed.stdout.splitlines())
+    )
+    if alone:
+        assert meanwhile == before + 1
+        return
+    assert meanwhile >= before + 2
+    assert afterwards < meanwhile
+    assert resting < spinning / 2
+    assert resting < again / 2
