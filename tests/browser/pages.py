@@ -11,6 +11,19 @@ THEMES = ["Light", "Dark"] if os.environ.get("AIRLLM_NB_BOTH_THEMES") else ["Dar
 BUSY = 60_000  # milliseconds that a page may take to come, on a machine with other things to do
 
 STATES = "place => Array.from(place?.querySelectorAll('.airllm-strip i') ?? [], cell => cell.classList[0])"
+# Notes each picture that a strip shows, and the line above it: one that is looked at now and then misses most of a short run.
+RECORD = f"""(cell, running) => {{
+    const states = {STATES}, seen = cell.seen = {{pictures: new Set(), lines: new Set()}};
+    new MutationObserver(() => {{
+        if (!running || cell.querySelector('.jp-InputPrompt').textContent.includes('*')) {{
+            const run = Array.from(cell.querySelectorAll('.airllm')).at(-1);
+            const line = run?.querySelector('.airllm-top b')?.textContent;
+            seen.pictures.add(states(run).join(' '));
+            if (line) seen.lines.add(line);
+        }}
+    }}).observe(cell, {{subtree: true, childList: true, characterData: true, attributes: true}});
+}}"""
+RECORDED = "cell => ({pictures: Array.from(cell.seen.pictures), lines: Array.from(cell.seen.lines)})"
 # What is seen, reaches out of the output of a cell, and does not lie in something that scrolls.
 CUT_OFF = """output => {
     const right = output.getBoundingClientRect().right + 1;
@@ -128,14 +141,23 @@ class Lab(Page):
         """Return the state of each layer in a cell's strip, now."""
         return tuple(self.cells.nth(index).locator(".jp-OutputArea").first.evaluate(STATES))
 
+    def record(self, index):
+        """Note from now on what a cell shows while it runs."""
+        self.cells.nth(index).evaluate(RECORD, True)  # JavaScript has no names for arguments
+
+    def pictures(self, index):
+        """Return the different pictures that a recorded cell's strip has shown, each as its layers' states."""
+        return [tuple(picture.split()) for picture in self.cells.nth(index).evaluate(RECORDED)["pictures"] if picture]
+
+    def lines(self, index):
+        """Return the different lines that stood above a recorded cell's strip."""
+        return self.cells.nth(index).evaluate(RECORDED)["lines"]
+
     def watch(self, index):
-        """Run a cell to its end; returns the different pictures that its strip showed meanwhile, each as its layers' states."""
-        pictures = []
-        self.start(index)
-        while self.running(index):
-            pictures.append(self.states(index))
-            self.page.wait_for_timeout(10)
-        return [picture for picture in dict.fromkeys(pictures) if picture]
+        """Run a cell to its end; returns the pictures that its strip showed meanwhile."""
+        self.record(index)
+        self.run(index)
+        return self.pictures(index)
 
     def restart(self):
         """Restart the kernel as a person does; returns when the new one is there."""
@@ -185,10 +207,7 @@ class App(Page):
 
     def watch(self, text, seconds=120):
         """Wait until a text is there; returns the different pictures that the last strip showed meanwhile."""
-        end = time.monotonic() + seconds
-        pictures = []
-        while not self.page.get_by_text(text).count():
-            assert time.monotonic() < end, f"{text!r} does not come"
-            pictures.append(tuple(self.page.evaluate(f"({STATES})(Array.from(document.querySelectorAll('.airllm')).at(-1))")))
-            self.page.wait_for_timeout(10)
-        return [picture for picture in dict.fromkeys(pictures) if picture]
+        body = self.page.locator("body")
+        body.evaluate(RECORD, False)  # as above
+        self.page.get_by_text(text).first.wait_for(state="attached", timeout=seconds * 1000)
+        return [tuple(picture.split()) for picture in body.evaluate(RECORDED)["pictures"] if picture]

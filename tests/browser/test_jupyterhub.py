@@ -100,13 +100,12 @@ def sign_in(page, url, user):
 
 def run_together(labs, index):
     """Run a cell of all users at once; returns the pictures that each one's strip showed."""
-    pictures = [set() for _ in labs]
     for lab in labs:
+        lab.record(index)
         lab.start(index)
-    while any(lab.running(index) for lab in labs):
-        for lab, seen in zip(labs, pictures, strict=True):
-            seen.add(lab.states(index))
-    return pictures
+    for lab in labs:
+        lab.wait(index)
+    return [lab.pictures(index) for lab in labs]
 
 
 def test_two_users_at_once(hub, window, huge, tmp_path):
