@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import faulthandler
 import io
+import linecache
 import os
 import random
 import signal
@@ -46,7 +47,7 @@ ACTIONS = 12
 LEAST = 24
 """Rounds, to say anything about growth."""
 HANGS = 600
-MOST = 8 << 20
+MOST = 16 << 20
 """Bytes by which memory may grow over the second half of the rounds; a model that stays is 12 MB each time."""
 
 
@@ -102,7 +103,8 @@ def _round(person: Person, number: int) -> None:
             action(person)
             assert not person.session.busy
         soak_actions.reload_extension(person)
-        person.shell.reset()  # it keeps what cells have shown
+        person.shell.reset()  # it keeps what cells have shown,
+        linecache.clearcache()  # and their sources
     except BaseException:
         print(f"round {number}: {' '.join(done)}", file=sys.stderr)
         raise
