@@ -11,7 +11,7 @@ THEMES = ["Light", "Dark"] if os.environ.get("AIRLLM_NB_BOTH_THEMES") else ["Dar
 BUSY = 60_000  # milliseconds that a page may take to come, on a machine with other things to do
 
 STATES = "place => Array.from(place?.querySelectorAll('.airllm-strip i') ?? [], cell => cell.classList[0])"
-# Notes each picture that a strip shows, and the line above it: one that is looked at now and then misses most of a short run.
+# Notes each picture that a strip shows, and the line above it, in a cell only while it runs: who looks now and then misses most.
 RECORD = f"""(cell, running) => {{
     const states = {STATES}, seen = cell.seen = {{pictures: new Set(), lines: new Set()}};
     new MutationObserver(() => {{
@@ -143,7 +143,7 @@ class Lab(Page):
 
     def record(self, index):
         """Note from now on what a cell shows while it runs."""
-        self.cells.nth(index).evaluate(RECORD, True)  # JavaScript has no names for arguments
+        self.cells.nth(index).evaluate(RECORD, True)
 
     def pictures(self, index):
         """Return the different pictures that a recorded cell's strip has shown, each as its layers' states."""
@@ -208,6 +208,6 @@ class App(Page):
     def watch(self, text, seconds=120):
         """Wait until a text is there; returns the different pictures that the last strip showed meanwhile."""
         body = self.page.locator("body")
-        body.evaluate(RECORD, False)  # as above
+        body.evaluate(RECORD, False)
         self.page.get_by_text(text).first.wait_for(state="attached", timeout=seconds * 1000)
         return [tuple(picture.split()) for picture in body.evaluate(RECORDED)["pictures"] if picture]
